@@ -12,16 +12,20 @@ import ctypes
 import errno
 import gzip
 import hashlib
+import http.client
 import io
 import math
 import os
 import pickle
 import signal
 import sys
-import tempfile
 import time
+import urllib.request
 import zlib
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run(): the imports take seconds, and Ctrl-C may come in them
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +48,6 @@ ROTATION = 7.5  # degrees either way, as are the next three
 SHIFT = 1.5  # pixels
 SCALE = 0.075  # of the size
 SHEAR = 0.075  # pixels sideways for each pixel down
-
-
-class UserError(Exception):
-    """Something that the user can put right: the message names it and the way out."""
 
 
 # --- Model ---------------------------------------------------------------------------------------------------------
@@ -98,53 +98,6 @@ class Net(nn.Module):
 TRAIN_SIZE, HELD_OUT = 60_000, 10_000  # images; --validate holds the last 10,000 out
 MEAN, STD = 0.1307, 0.3081  # of the training pixels, on a scale of 0 to 1
 
-# MD5 of each file's unpacked content.
-FILES = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
-
-
-def read_file(folder, name):
-    """Return the unpacked bytes of one of the FILES from `folder`, or None if no intact copy is there."""
-    for path, open_file in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
-        try:
-            with open_file(path, "rb") as file:
-                content = file.read()
-        except FileNotFoundError:
-            continue
-        except (OSError, EOFError, zlib.error):
-            content = b""
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() == FILES[name]:
-            return content
-        print(f"{path} is damaged or unreadable: looking for another copy", file=sys.stderr)
-
-
-def download(folder, name):
-    """Download an archive into `folder` from the first of torchvision's mirrors that has it intact."""
-    # Importing torchvision takes longer than reading MNIST, and only a download needs it.
-    from torchvision.datasets import MNIST
-    from torchvision.datasets.utils import download_url
-
-    archive = f"{name}.gz"
-    errors = []
-    for mirror in MNIST.mirrors:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            # Renaming the finished file into place keeps half a file from ever bearing its name.
-            with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-                download_url(mirror + archive, unfinished, md5=dict(MNIST.resources)[archive])
-                os.replace(Path(unfinished, archive), folder / archive)
-            return
-        except (OSError, RuntimeError) as error:
-            errors.append(f"{mirror}: {error}")
-    raise UserError(
-        f"{archive} is not in {folder} and cannot be downloaded ({'; '.join(errors)}): put "
-        f"{', '.join(f'{name}.gz' for name in FILES)} there, or name another folder by --data-dir or MNIST_DATA"
-    )
-
 
 def load_mnist(data_dir, device="cpu"):
     """Load the 60,000 training and 10,000 test images, downloading what is missing.
@@ -155,9 +108,7 @@ def load_mnist(data_dir, device="cpu"):
     folder = Path(data_dir, "MNIST", "raw")  # torchvision's layout
     tensors = []
     for name in FILES:
-        if (content := read_file(folder, name)) is None:
-            download(folder, name)
-            content = read_file(folder, name)
+        content = read_file(folder, name) or download(folder, name)
         header, shape = (16, (-1, 28, 28)) if "images" in name else (8, (-1,))
         tensors.append(torch.frombuffer(bytearray(content[header:]), dtype=torch.uint8).view(shape).to(device))
     train_images, train_labels, test_images, test_labels = tensors
@@ -302,82 +253,7 @@ def fit(model, train_loader, test_loader, epochs, lr, precision, name="Test"):
     return history
 
 
-def save(checkpoint, path, rehearsal=False):
-    """Write `checkpoint` so that `path` always holds the whole old file or the whole new one.
-
-    A rehearsal does all of it but leaves `path` alone. Raises OSError where the file cannot be written.
-    """
-    path = path.resolve()
-    if path.exists() and not path.is_file():  # /dev/null must not be replaced, either
-        raise OSError(errno.EEXIST, "there is something there that is not a file")
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        if not rehearsal:
-            os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def load(path):
-    """Return (model, checkpoint) of a file that main() saved: a Net in evaluation mode, and all the file holds.
-
-    Raises UserError where the file cannot be read, or is not a checkpoint of this network.
-    """
-    model = Net()
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(checkpoint["state_dict"])
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged, or not a checkpoint of this network: train one by mnist.py") from error
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise UserError(f"{path} holds weights that are not finite numbers: train it anew by mnist.py")
-    return model.eval(), checkpoint
-
-
 # --- Command line --------------------------------------------------------------------------------------------------
-
-
-def number(kind, low, high, wish):
-    """Return an argparse type: an int or float (`kind`) for which low <= value < high."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wish}")
-        return value
-
-    return parse
-
-
-def pick_device(name):
-    """Return the torch.device that --device names; auto prefers CUDA, then MPS, then the CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in available if available[kind])
-    if name not in available:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of auto, cpu, cuda and mps")
-    if not available[name]:
-        raise argparse.ArgumentTypeError(f"{name!r} is not available here: use cpu, or auto")
-    return torch.device(name)
-
-
-def has_bfloat16(device):
-    """Whether `device` computes in bfloat16 itself; where it is emulated it is slower than float32."""
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def parse_args(argv):
@@ -407,6 +283,8 @@ def parse_args(argv):
         parser.error(f"argument --batch-size: {args.batch_size} is more than the {images} training images")
     if args.precision == "auto":
         args.precision = "bfloat16" if has_bfloat16(args.device) else "float32"
+    elif args.precision == "bfloat16" and not has_bfloat16(args.device):
+        print(f"mnist.py: warning: {args.device} has no native bfloat16, emulating it is slow", file=sys.stderr)
     if args.save_model is None and not args.dry_run:
         args.save_model = Path("mnist.pt")
     if args.save_model:
@@ -416,19 +294,6 @@ def parse_args(argv):
         except OSError as error:
             parser.error(f"argument --save-model: cannot write {args.save_model}: {error.strerror}")
     return args
-
-
-def keep_freed_memory():
-    """Have the C library keep the memory that a step frees for the next step.
-
-    By default glibc returns every large block to the system, and having the pages cleared and mapped anew
-    costs a third of the training time. Elsewhere than on glibc this does nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def main(argv=None):
@@ -488,6 +353,120 @@ def main(argv=None):
     return results
 
 
+# --- Files: what is read is checked, what is written is whole ---------------------------------------------------------
+
+
+TIMEOUT = 30  # seconds that a mirror may be silent
+
+# MD5 of each file's unpacked content.
+FILES = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def is_intact(name, content):
+    return hashlib.md5(content, usedforsecurity=False).hexdigest() == FILES[name]
+
+
+def read_file(folder, name):
+    """Return the unpacked bytes of one of the FILES from `folder`, or None if no intact copy is there."""
+    for path, open_file in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
+        try:
+            with open_file(path, "rb") as file:
+                content = file.read()
+        except FileNotFoundError:
+            continue
+        except (OSError, EOFError, zlib.error):
+            content = b""
+        if is_intact(name, content):
+            return content
+        print(f"{path} is damaged or unreadable: looking for another copy", file=sys.stderr)
+    return None
+
+
+def download(folder, name):
+    """Return the unpacked bytes of one of the FILES from the first mirror that has it; keep the archive in `folder`.
+
+    Raises UserError if no mirror has it, or `folder` cannot be written to.
+    """
+    # Importing torchvision takes longer than reading MNIST, and only a download needs it.
+    from torchvision.datasets import MNIST
+
+    errors = []
+    for mirror in MNIST.mirrors:
+        url = f"{mirror}{name}.gz"
+        print(f"Downloading {url}")
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+                archive = response.read()
+            if not is_intact(name, content := gzip.decompress(archive)):
+                raise ValueError("other content than MNIST's")
+            folder.mkdir(parents=True, exist_ok=True)
+            write(archive, folder / f"{name}.gz")
+            return content
+        except (OSError, http.client.HTTPException, EOFError, zlib.error, ValueError) as error:
+            errors.append(f"{url}: {error}")
+    raise UserError(
+        f"no intact {name}.gz in {folder}, nor from a mirror ({'; '.join(errors)}): put "
+        f"{', '.join(f'{name}.gz' for name in FILES)} there, or name another folder by --data-dir or MNIST_DATA"
+    )
+
+
+def write(content, path, rehearsal=False):
+    """Write bytes so that, whatever happens, `path` holds the whole old file or the whole new one.
+
+    A rehearsal does all of it but leaves `path` alone. Raises OSError where the file cannot be written.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():  # a folder; or /dev/null, which must not be replaced by a file
+        raise FileExistsError(errno.EEXIST, "it is there, and not a file")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if not rehearsal:
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def save(checkpoint, path, rehearsal=False):
+    """Save `checkpoint` by write(), of which a rehearsal does all but to change `path`. Raises OSError."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write(buffer.getbuffer(), path, rehearsal)
+
+
+def load(path):
+    """Return (model, checkpoint) of a file that main() saved: a Net in evaluation mode, and all the file holds.
+
+    Raises UserError where the file cannot be read, or is not a checkpoint of this network.
+    """
+    model = Net()
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(checkpoint["state_dict"])
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged, or not a checkpoint of this network: train one by mnist.py") from error
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise UserError(f"{path} holds weights that are not finite numbers: train it anew by mnist.py")
+    return model.eval(), checkpoint
+
+
+# --- The process: its errors, its options and its memory --------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something that the user can put right: the message names it and the way out."""
+
+
 def run(main):
     """Run a script's main(). What a user can cause ends it by one line on stderr, not by a traceback.
 
@@ -513,6 +492,54 @@ def run(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(141)
+
+
+def number(kind, low, high, wish):
+    """Return an argparse type: an int or float (`kind`) for which low <= value < high."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wish}")
+        return value
+
+    return parse
+
+
+def pick_device(name):
+    """Return the torch.device that --device names; auto prefers CUDA, then MPS, then the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in available if available[kind])
+    if name not in available:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of auto, cpu, cuda and mps")
+    if not available[name]:
+        raise argparse.ArgumentTypeError(f"{name!r} is not available here: use cpu, or auto")
+    return torch.device(name)
+
+
+def has_bfloat16(device):
+    """Whether `device` computes in bfloat16 itself; where it is emulated it is slower than float32."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def keep_freed_memory():
+    """Have the C library keep the memory that a step frees for the next step.
+
+    By default glibc returns every large block to the system, and having the pages cleared and mapped anew
+    costs a third of the training time. Elsewhere than on glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 if __name__ == "__main__":
