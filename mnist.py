@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 # --- The recipe ----------------------------------------------------------------------------------------------------
 
-EPOCHS = 4
-FRACTION = 0.5  # of the training images in each epoch after the first, chosen by their loss
+EPOCHS = 8
+FRACTION = 0.25  # of the training images in each epoch after the first, chosen by their loss
 BATCH_SIZE = 64
 TEST_BATCH = 250  # for testing alone; larger ones take more memory and are no faster
 LR = 0.07  # the peak, reached after the warm-up
@@ -97,6 +97,11 @@ class Net(nn.Module):
 
 TRAIN_SIZE, HELD_OUT = 60_000, 10_000  # images; --validate holds the last 10,000 out
 MEAN, STD = 0.1307, 0.3081  # of the training pixels, on a scale of 0 to 1
+
+
+def default_data_dir():
+    """Return the folder that $MNIST_DATA names, else data/ beside this file."""
+    return Path(os.environ.get("MNIST_DATA") or Path(__file__).with_name("data"))
 
 
 def load_mnist(data_dir, device="cpu"):
@@ -162,8 +167,7 @@ class Loader:
             order = torch.randperm(count, device=device)
             self.losses = torch.ones(count, device=device)
         else:
-            drawn = torch.multinomial(self.losses, min(count, len(self) * self.batch_size))
-            order = drawn[torch.randperm(len(drawn), device=device)]  # multinomial puts the likeliest first
+            order = torch.multinomial(self.losses, min(count, len(self) * self.batch_size))
         for index in order.split(self.batch_size):
             data = self.images[index].unsqueeze(1).float() / 255
             if self.train:
@@ -183,7 +187,7 @@ def train(model, loader, optimizer, scheduler, epoch, precision):
     """Train for one epoch; return the mean loss and the accuracy in % of the batches as they went by."""
     model.train()
     loss_sum = correct = torch.zeros((), device=loader.images.device)
-    seen = 0
+    seen, steps = 0, len(loader)
     with tqdm(loader, desc=f"Epoch {epoch}", disable=None) as bar:
         for step, (data, target) in enumerate(bar, start=1):
             with torch.autocast(data.device.type, precision, enabled=precision != torch.float32):
@@ -200,7 +204,7 @@ def train(model, loader, optimizer, scheduler, epoch, precision):
             correct = correct + (output.argmax(dim=1) == target).sum()
             seen += len(target)
             # Reading the sums makes a GPU wait for the host, so not at every step.
-            if step % 20 == 0 or step == len(loader):
+            if step % 20 == 0 or step == steps:
                 mean_loss, accuracy = loss_sum.item() / seen, 100 * correct.item() / seen
                 if not math.isfinite(mean_loss):
                     raise UserError(
@@ -232,7 +236,7 @@ def fit(model, train_loader, test_loader, epochs, lr, precision, name="Test"):
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": weights, "weight_decay": WEIGHT_DECAY}, {"params": others}]
-    optimizer = torch.optim.SGD(groups, lr, momentum=MOMENTUM, nesterov=True)
+    optimizer = torch.optim.SGD(groups, lr, momentum=MOMENTUM, nesterov=True, fused=True)
     steps = train_loader.steps(epochs)
 
     def triangle(step):
@@ -260,19 +264,21 @@ def parse_args(argv):
     count = number(int, 1, math.inf, "a whole number above 0")
     rate = number(float, sys.float_info.min, math.inf, "a finite number above 0")
     seed = number(int, 0, 2**63, "a whole number from 0 to 2**63 - 1")
-    data_dir = os.environ.get("MNIST_DATA") or Path(__file__).with_name("data")
 
     parser = argparse.ArgumentParser(prog="mnist.py", description="Train an 18,242-parameter CNN on MNIST.")
     add = parser.add_argument
-    add("--epochs", type=count, default=EPOCHS, help="passes over the training set (default: %(default)s)")
+    add(
+        "--epochs",
+        type=count,
+        default=EPOCHS,
+        help="the first over all images, the others over a quarter (default: %(default)s)",
+    )
     add("--batch-size", type=count, default=BATCH_SIZE, help="images in a step (default: %(default)s)")
     add("--lr", type=rate, default=LR, help="peak learning rate (default: %(default)s)")
     add("--seed", type=seed, default=0, help="fixes everything random (default: %(default)s)")
     add("--device", type=pick_device, default="auto", metavar="{auto,cpu,cuda,mps}", help="default: %(default)s")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where native")
-    add(
-        "--data-dir", type=Path, default=data_dir, help="holds MNIST/raw (default: $MNIST_DATA, else data/ by mnist.py)"
-    )
+    add("--data-dir", type=Path, default=default_data_dir(), help="folder of MNIST/raw (default: $MNIST_DATA or data/)")
     add("--save-model", type=Path, metavar="PATH", help="weights file (default: mnist.pt; none in a dry run)")
     add("--validate", action="store_true", help="train on the first 50,000 training images, test on the other 10,000")
     add("--dry-run", action="store_true", help="train and test on a single batch")
@@ -285,7 +291,7 @@ def parse_args(argv):
         args.precision = "bfloat16" if has_bfloat16(args.device) else "float32"
     elif args.precision == "bfloat16" and not has_bfloat16(args.device):
         print(f"mnist.py: warning: {args.device} has no native bfloat16, emulating it is slow", file=sys.stderr)
-    if args.save_model is None and not args.dry_run:
+    if args.save_model is None and not (args.dry_run or args.summary):
         args.save_model = Path("mnist.pt")
     if args.save_model:
         # Training takes minutes, so whether its result can be saved is found out before, not after.
@@ -453,7 +459,7 @@ def load(path):
         model.load_state_dict(checkpoint["state_dict"])
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged, or not a checkpoint of this network: train one by mnist.py") from error
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise UserError(f"{path} holds weights that are not finite numbers: train it anew by mnist.py")
@@ -532,8 +538,8 @@ def has_bfloat16(device):
 def keep_freed_memory():
     """Have the C library keep the memory that a step frees for the next step.
 
-    By default glibc returns every large block to the system, and having the pages cleared and mapped anew
-    costs a third of the training time. Elsewhere than on glibc this does nothing.
+    By default glibc returns every large block to the system; having the pages cleared and mapped anew took a third
+    of each step (59 ms against 39 at batch 64 on two cores of an AMD EPYC). Without glibc this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:

@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import re
+import select
 import signal
 import struct
 import subprocess
@@ -335,6 +336,13 @@ def test_ctrl_c_during_the_imports_shows_no_traceback():
     _, err = process.communicate()
     assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in err
+
+
+def test_a_piped_log_grows_with_the_training(start):
+    process = start("--dry-run", more="mnist.fit = lambda *args: sys.stdin.read()", stdin=subprocess.PIPE)
+    ready, _, _ = select.select([process.stdout], [], [], 60)
+    assert ready  # though the training waits for its input to end
+    assert process.stdout.readline() == "Total Parameters: 18242\n"
 
 
 def test_a_closed_pipe_ends_quietly(start):
