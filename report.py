@@ -1,0 +1,171 @@
+"""Draw what the trained network learned: the curve, the confusions, and every test digit it gets wrong.
+
+Usage:
+    python report.py                              # of mnist.pt, else pretrained.pt; the figure goes to report.png
+    python report.py --out report.pdf             # or .svg
+    python report.py --augmentation --out row.png # instead: what training does to a row of digits
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+
+import mnist
+import predict
+
+matplotlib.use("Agg")  # needs no display
+plt.rcParams.update({"font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left"})
+FORMATS = (".png", ".pdf", ".svg")
+SHOWN, COLUMNS = 300, 15  # mistakes at most, and in a row: with more, their captions touch
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito's palette, safe for the colour-blind
+
+
+def draw_curve(axes, history, name):
+    """Draw the losses and the accuracies of each epoch on two axes, one above the other."""
+    epochs = [epoch["epoch"] for epoch in history]
+    for ax, kind in zip(axes, ("loss", "accuracy"), strict=True):
+        for part, colour, marker, label in (("train", BLUE, "o", "training (augmented)"), ("test", ORANGE, "s", name)):
+            values = [epoch[f"{part}_{kind}"] for epoch in history]
+            ax.plot(epochs, values, color=colour, marker=marker, label=f"{label}, {values[-1]:.4g} at the end")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+        ax.grid(alpha=0.3)
+    axes[0].set(title="Training", ylabel="loss")
+    axes[0].set_ylim(bottom=0)
+    axes[1].set(xlabel="epoch", ylabel="accuracy in %")
+    axes[1].axhline(99.4, color=GREEN, linestyle="--", label="99.4 %")
+    for ax in axes:
+        ax.legend(fontsize=9)
+
+
+def draw_confusion(ax, counts):
+    """Draw the confusion matrix (10, 10), true digits down; colour is for mistakes alone, so that they stand out."""
+    mistakes = counts.float().fill_diagonal_(0)
+    top = max(2, mistakes.max().item())
+    colours = plt.get_cmap("cividis_r").with_extremes(under="white")
+    ax.imshow(mistakes.numpy(), cmap=colours, vmin=0.5, vmax=top)
+    for row, column in counts.nonzero().tolist():
+        right = row == column
+        colour = "white" if mistakes[row, column] > 0.5 * top else "black"
+        weight = "bold" if right else "normal"
+        ax.text(column, row, int(counts[row, column]), ha="center", va="center", color=colour, weight=weight, size=10)
+    ax.set_xticks(torch.arange(9).numpy() + 0.5, minor=True)
+    ax.set_yticks(torch.arange(9).numpy() + 0.5, minor=True)
+    ax.grid(which="minor", color="lightgrey", linewidth=0.5)
+    ax.tick_params(which="minor", length=0)
+    ax.set(title="Confusions", xlabel="predicted", ylabel="true", xticks=range(10), yticks=range(10))
+
+
+def draw_accuracy(ax, counts):
+    """Draw the accuracy on each digit, from the confusion matrix (10, 10); an absent digit has none."""
+    accuracy = 100 * counts.diagonal() / counts.sum(dim=1)
+    left = math.floor(min(99, accuracy.nan_to_num(99).min().item() - 0.1))
+    ax.barh(range(10), (accuracy - left).nan_to_num(0).numpy(), left=left, color=BLUE)
+    for digit, value in enumerate(accuracy.tolist()):
+        if not math.isnan(value):
+            ax.text(value, digit, f" {value:.2f}", va="center", fontsize=10)
+    ax.set(title="Accuracy per digit", xlabel=f"% (the axis starts at {left})", yticks=range(10))
+    ax.set_xlim(left, 100 + 0.25 * (100 - left))
+    ax.set_xticks([left, (left + 100) / 2, 100])
+    ax.invert_yaxis()
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def draw_mistakes(figure, images, captions):
+    """Draw images (N, 28, 28), each with its caption below."""
+    axes = figure.subplots(max(1, math.ceil(len(images) / COLUMNS)), COLUMNS, squeeze=False).flatten()
+    for ax in axes:
+        ax.axis("off")
+    for ax, image, caption in zip(axes, images, captions, strict=False):
+        ax.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=255)
+        ax.set_title(caption, fontsize=9, fontweight="normal", loc="center", y=-0.04, va="top", pad=0)
+
+
+def draw_report(model, checkpoint, images, labels, name):
+    """Return the figure: curve, confusion matrix and accuracy per digit above, the mistakes on the images below."""
+    probabilities = predict.classify(model, images)
+    sure, predicted = probabilities.max(dim=1)
+    counts = torch.bincount(10 * labels + predicted, minlength=100).view(10, 10)
+    wrong = (predicted != labels).nonzero().flatten()
+    wrong = wrong[sure[wrong].argsort(descending=True)]
+    shown = wrong[:SHOWN]
+
+    height = 0.5 + 1.32 * math.ceil(len(shown) / COLUMNS)
+    figure = plt.figure(figsize=(16, 6.9 + height), layout="constrained", dpi=120)
+    accuracy = 100 * (1 - len(wrong) / len(labels))
+    figure.suptitle(
+        f"{len(labels) - len(wrong):,} of {len(labels):,} test digits right ({accuracy:.2f} %) "
+        f"with {sum(parameter.numel() for parameter in model.parameters()):,} parameters",
+        fontsize=18,
+        fontweight="bold",
+    )
+    above, below = figure.subfigures(2, height_ratios=[6.4, height])
+    curve, confusion, digits = above.subfigures(1, 3, width_ratios=[5, 6, 4])
+    draw_curve(curve.subplots(2, sharex=True), checkpoint["history"], name)
+    draw_confusion(confusion.subplots(), counts)
+    draw_accuracy(digits.subplots(), counts)
+
+    title = {0: "No mistakes", 1: "The one mistake"}.get(len(wrong), f"All {len(wrong)} mistakes")
+    if len(wrong) > SHOWN:
+        title = f"The {SHOWN} surest of {len(wrong):,} mistakes ({len(wrong) - SHOWN:,} more are left out)"
+    if len(wrong):
+        title += ": true → predicted (probability), the surest first"
+    below.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    captions = [f"{labels[i]} → {predicted[i]} ({sure[i]:.0%})" for i in shown]
+    draw_mistakes(below, images[shown], captions)
+    return figure
+
+
+def draw_augmentation(images, labels):
+    """Return a figure of the first image of each digit, and below it three of the forms in which training shows it."""
+    row = torch.stack([images[labels == digit][0] for digit in labels.unique()])
+    torch.manual_seed(0)
+    forms = [mnist.augment(row[:, None] / 255)[:, 0] * 255 for _ in range(3)]
+    figure = plt.figure(figsize=(10, 4), layout="constrained", dpi=100)
+    axes = figure.subplots(4, len(row), squeeze=False)
+    for ax, image in zip(axes.flatten(), torch.cat([row, *forms]), strict=True):
+        ax.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=255)
+        ax.set(xticks=[], yticks=[])
+    axes[0, 0].set_ylabel("as it is")
+    axes[2, 0].set_ylabel("augmented")
+    return figure
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(prog="report.py", description="Draw what the trained network learned.")
+    add = parser.add_argument
+    add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
+    add("--data-dir", type=Path, default=mnist.default_data_dir(), help="as of mnist.py")
+    add("--out", type=Path, default="report.png", help=".png, .pdf or .svg (default: %(default)s)")
+    add("--augmentation", action="store_true", help="draw what augmentation does to a row of digits instead")
+    args = parser.parse_args(argv)
+    if args.out.suffix.lower() not in FORMATS:
+        parser.error(f"argument --out: {args.out} does not end in {', '.join(FORMATS)}")
+    return args
+
+
+def main(argv=None):
+    """Draw the figure that `argv` asks for (sys.argv[1:] if None) and write it; return its path."""
+    args = parse_args(argv)
+    if args.augmentation:
+        figure = draw_augmentation(*mnist.load_mnist(args.data_dir)[0])
+    else:
+        model, checkpoint = mnist.load(weights := predict.find_weights(args.model))
+        print(f"Using the weights in {weights}")
+        name = "validation" if checkpoint["settings"]["validate"] else "test"
+        figure = draw_report(model, checkpoint, *mnist.load_mnist(args.data_dir)[1], name)
+    try:
+        figure.savefig(args.out, bbox_inches="tight", pad_inches=0.2)
+    except OSError as error:
+        raise mnist.UserError(f"cannot write {args.out}: {error.strerror}") from error
+    plt.close(figure)
+    print(f"Wrote {args.out}")
+    return args.out
+
+
+if __name__ == "__main__":
+    mnist.run(main)
