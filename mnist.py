@@ -5,6 +5,8 @@ Usage:
     python mnist.py --epochs 20 --seed 1
     python mnist.py --validate             # tune without the test set: train on 50,000, test on 10,000
     python mnist.py --dry-run              # a batch of everything, in seconds
+
+The story goes from the top to main(). What stands below main() keeps the files and the process safe.
 """
 
 import argparse
@@ -35,8 +37,8 @@ from tqdm import tqdm
 
 # --- The recipe ----------------------------------------------------------------------------------------------------
 
-EPOCHS = 8
-FRACTION = 0.25  # of the training images in each epoch after the first, chosen by their loss
+EPOCHS = 8  # which cost less than three passes over all images:
+FRACTION = 0.25  # of them in each epoch after the first, drawn by their loss
 BATCH_SIZE = 64
 TEST_BATCH = 250  # for testing alone; larger ones take more memory and are no faster
 LR = 0.07  # the peak, reached after the warm-up
@@ -44,7 +46,7 @@ WARM_UP = 0.2  # of all steps
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4  # on the weights of convolutions and of the linear layer only
 LABEL_SMOOTHING = 0.1
-ROTATION = 7.5  # degrees either way, as are the next three
+ROTATION = 7.5  # degrees; this and the next three are limits, either way
 SHIFT = 1.5  # pixels
 SCALE = 0.075  # of the size
 SHEAR = 0.075  # pixels sideways for each pixel down

@@ -170,6 +170,7 @@ def read_picture(name):
     try:
         source = io.BytesIO(sys.stdin.buffer.read(MAX_BYTES)) if name == "-" else name
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow murmurs about a damaged file: an error says it in one line
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(source)
             # A telephone's MPO holds the photograph first, then the same for other uses.
