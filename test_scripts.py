@@ -296,7 +296,8 @@ def test_wrong_usage_is_status_2(arguments):
 
 
 @pytest.mark.parametrize("path", ["report.png", "report.PDF", "report.svg"])
-def test_the_report_is_written_in_the_format_of_its_name(path, small_mnist, folder):  # noqa: F811
+def test_the_report_is_written_in_the_format_of_its_name(path, small_mnist, folder, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(report, "SHOWN", 5)
     assert report.main(["--data-dir", small_mnist, "--out", path]) == Path(path)
     start = Path(path).read_bytes()[:5]
     assert start.startswith({"png": b"\x89PNG", "PDF": b"%PDF", "svg": b"<?xml"}[path[-3:]])
@@ -338,6 +339,7 @@ def test_the_augmentation_is_drawn(small_mnist, folder):  # noqa: F811
 )
 def test_a_file_that_cannot_be_read_or_written_is_named(script, arguments, small_mnist, folder, monkeypatch):  # noqa: F811
     monkeypatch.setenv("MNIST_DATA", small_mnist)
+    monkeypatch.setattr(report, "SHOWN", 5)
     with pytest.raises(mnist.UserError, match=r"absent\.pt|no/folder"):
         script.main(arguments)
 
