@@ -199,7 +199,7 @@ def find_weights(path=None):
 def classify(model, images):
     """Return the probabilities (N, 10) that the model gives to uint8 images (N, 28, 28) in MNIST's form."""
     loader = mnist.Loader(images, torch.zeros(len(images)), mnist.TEST_BATCH)
-    return torch.cat([model(data).softmax(dim=1) for data, _ in loader])
+    return torch.cat([model(data).softmax(dim=1) for data, _ in map(loader.batch, loader)])
 
 
 def contact_sheet(rows):

@@ -3,6 +3,7 @@
 The training needs the real MNIST: where it cannot be had the test fails if CI is set, and is skipped elsewhere.
 """
 
+import contextlib
 import gzip
 import hashlib
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchsummary
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mnist
 
@@ -58,6 +60,9 @@ def test_default_recipe_ends_above_99_4_percent_within_20_epochs(tmp_path):
             raise
         pytest.skip(str(error))
     results = mnist.main(["--save-model", str(tmp_path / "mnist.pt")])
+    if path := os.environ.get("GITHUB_STEP_SUMMARY"):  # of GitHub Actions: shown on the page of the run
+        with open(path, "a", encoding="utf-8") as summary:
+            summary.write(f"{results['test_accuracy']:.2f} % after {results['seconds']:.0f} s of training\n")
     assert len(results["history"]) <= 20
     assert results["test_accuracy"] > 99.4
     assert results["test_accuracy"] == results["history"][-1]["test_accuracy"]
@@ -167,50 +172,59 @@ def numbered(n):
     return images, labels
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_loader_yields_every_image_once_with_its_label(train, monkeypatch):
-    monkeypatch.setattr(mnist, "augment", lambda images: images)
+def drawn(loader):
+    """Return the labels of one pass over numbered() images, in order, having checked each with its image."""
+    targets = []
+    for index in loader:
+        data, target = loader.batch(index)
+        pixels = (data * mnist.STD + mnist.MEAN).mul(255).round().long()[:, 0, 14]
+        assert torch.equal(200 * pixels[:, 14] + pixels[:, 15], target)
+        targets.append(target)
+    assert {len(target) for target in targets[:-1]} == {loader.batch_size}
+    assert len(targets) == len(loader)
+    return torch.cat(targets)
+
+
+def test_loader_yields_every_test_image_in_order():
     images, labels = numbered(1000)
-    loader = mnist.Loader(images, labels, batch_size=64, train=train)
-    assert len(loader) == 16
-    batches = list(loader)
-    assert [len(target) for _, target in batches] == [64] * 15 + [40]
-
-    data = torch.cat([data for data, _ in batches])
-    target = torch.cat([target for _, target in batches])
-    pixels = (data * mnist.STD + mnist.MEAN).mul(255).round().long()[:, 0, 14]
-    assert torch.equal(200 * pixels[:, 14] + pixels[:, 15], target)
-    assert torch.equal(target.sort().values, labels)
-    assert torch.equal(target, labels) != train  # shuffled for training, in order for testing
+    assert torch.equal(drawn(mnist.Loader(images, labels, batch_size=64)), labels)
 
 
-def test_epochs_after_the_first_draw_the_images_of_high_loss(monkeypatch):
-    monkeypatch.setattr(mnist, "FRACTION", 0.3)
+def test_the_first_epoch_shows_every_image_but_the_rest_once(monkeypatch):
     monkeypatch.setattr(mnist, "augment", lambda images: images)
-    images, labels = numbered(1000)
-    loader = mnist.Loader(images, labels, batch_size=100, train=True)
-    for _, target in loader:
-        loader.record(torch.where(target < 250, 5.0, 0.0))
-    orders = []
-    for _ in range(2):
-        assert len(loader) == 3
-        batches = []
-        for data, target in loader:
-            batches.append(target)
-            loader.record(torch.where(target < 250, 5.0, 0.0))
-            pixels = (data * mnist.STD + mnist.MEAN).mul(255).round().long()[:, 0, 14]
-            assert torch.equal(200 * pixels[:, 14] + pixels[:, 15], target)
-        assert [len(batch) for batch in batches] == [100] * 3
-        orders.append(torch.cat(batches))
-        assert len(orders[-1].unique()) == 300
-        assert (orders[-1] < 250).sum() == 250
+    order = drawn(mnist.Loader(*numbered(1000), batch_size=64, train=True))
+    assert len(order) == len(order.unique()) == 960
+    assert not torch.equal(order, order.sort().values)
+
+
+def test_later_epochs_draw_the_images_of_high_loss(monkeypatch):
+    monkeypatch.setattr(mnist, "augment", lambda images: images)
+    monkeypatch.setattr(mnist, "ROUNDS", 2)
+    loader = mnist.Loader(*numbered(1000), batch_size=100, train=True)
+    drawn(loader)
+    loader.losses = torch.where(torch.arange(1000) < 250, 5.0, 0.0)
+    orders = [drawn(loader), drawn(loader)]
     assert not torch.equal(*orders)
-    assert loader.steps(3) == 10 + 3 + 3
+    for order in orders:
+        for part in order.split(500):  # a round draws no image twice
+            assert len(part.unique()) == 500
+            assert (part < 250).sum() == 250
+
+
+def test_a_later_round_draws_by_the_losses_of_the_one_before(monkeypatch):
+    monkeypatch.setattr(mnist, "ROUNDS", 2)
+    loader = mnist.Loader(*numbered(1000), batch_size=100, train=True)
+    drawn_before = list(loader)
+    assert len(drawn_before) == 10
+    batches = iter(loader)
+    first = torch.cat([next(batches) for _ in range(5)])
+    loader.losses = torch.where(torch.isin(torch.arange(1000), first), 0.0, 5.0)
+    assert not torch.isin(torch.cat(list(batches)), first).any()
 
 
 def test_loader_normalises():
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1).expand(2, 28, 28)
-    ((data, _),) = mnist.Loader(images, torch.zeros(2), batch_size=2)
+    data, _ = mnist.Loader(images, torch.zeros(2), batch_size=2).batch(torch.arange(2))
     assert data.shape == (2, 1, 28, 28)
     assert data.dtype == torch.float32
     assert torch.allclose(data[0], torch.tensor(-0.1307 / 0.3081))
@@ -220,7 +234,7 @@ def test_loader_normalises():
 @pytest.mark.parametrize("train", [True, False])
 def test_loader_augments_for_training_alone(train):
     images, labels = digits(100)
-    ((data, _),) = mnist.Loader(images[:1].expand(100, 28, 28), labels, batch_size=100, train=train)
+    data, _ = mnist.Loader(images[:1].expand(100, 28, 28), labels, 100, train=train).batch(torch.arange(100))
     same = (data == data[0]).all(dim=(1, 2, 3))
     assert same.sum() == (1 if train else 100)
 
@@ -268,28 +282,181 @@ def test_augmentation_keeps_within_its_limits(monkeypatch):
     assert right.abs().max() == pytest.approx(1.1, abs=0.2)  # 10 / (1 - 0.1) - 10
 
 
+DEVICES = sorted({"cpu", mnist.pick_device("auto").type})
+
+
 # --- Train and test ------------------------------------------------------------------------------------------------
 
 
-def test_training_loss_falls_and_the_digits_are_learned(small_mnist):
-    results = mnist.main(["--epochs", "5", "--batch-size", "20", "--data-dir", small_mnist])
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_loss_falls_and_the_digits_are_learned(small_mnist, device):
+    results = mnist.main(["--epochs", "5", "--batch-size", "20", "--data-dir", small_mnist, "--device", device])
     losses = [epoch["train_loss"] for epoch in results["history"]]
     assert losses[-1] < losses[0] / 1.5
     assert results["test_accuracy"] > 90
 
 
-def test_training_reports_the_mean_over_the_whole_epoch(monkeypatch):
-    """With 23 batches an epoch: the sums are read every 20 steps, and the last 3 must not be missed."""
-    recorded = []
+def test_training_reports_the_means_over_the_whole_epoch():
     loader = mnist.Loader(*digits(230), batch_size=10, train=True)
-    monkeypatch.setattr(loader, "record", lambda losses: recorded.append(losses.mean().item()))
-    monkeypatch.setattr(mnist, "LABEL_SMOOTHING", 0)
-    model = mnist.Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1)
-    mean_loss, _ = mnist.train(model, loader, optimizer, scheduler, 1, torch.float32)
-    assert len(recorded) == 23
-    assert mean_loss == pytest.approx(sum(recorded) / 23, rel=1e-5)
+    totals, losses = torch.zeros(2), []
+
+    def step(index):
+        losses.append(len(losses) ** 2)
+        totals.add_(torch.tensor([losses[-1], 7]))
+
+    for epoch in (1, 2):
+        losses.clear()
+        loss, accuracy = mnist.train(step, loader, totals, epoch)
+        assert len(losses) == 23
+        assert loss == pytest.approx(sum(losses) / 23, rel=1e-5)
+        assert accuracy == pytest.approx(70)
+
+
+def test_a_step_records_the_loss_of_its_images_and_the_totals(monkeypatch):
+    monkeypatch.setattr(mnist, "augment", lambda images: images)
+    loader = mnist.Loader(*digits(100), batch_size=20, train=True)
+    model, totals, index = mnist.Net(), torch.zeros(2), torch.arange(50, 70)
+    before = model.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    torch.manual_seed(0)
+    mnist.train_step(model, loader, mnist.Muon(model, 0.01, 10), torch.float32, totals, index)
+    assert all((before[name] != tensor).any() for name, tensor in model.named_parameters() if tensor.ndim > 1)
+
+    model.load_state_dict(before)
+    torch.manual_seed(0)  # for the same dropout
+    data, target = loader.batch(index)
+    output = model(data)
+    losses = F.cross_entropy(output, target, reduction="none")
+    assert torch.allclose(loader.losses[index], losses)
+    assert (loader.losses[:50] == 1).all()
+    assert (loader.losses[70:] == 1).all()
+    smooth = F.cross_entropy(output, target, label_smoothing=mnist.LABEL_SMOOTHING)
+    assert torch.allclose(totals, torch.stack([smooth, (output.argmax(dim=1) == target).sum()]))
+
+
+def test_a_step_never_waits_for_the_device():
+    """What a CUDA graph can capture reads no value back from the device, nor has shapes that depend on values."""
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function.overloadpacket._qualified_op_name not in (
+                "aten::_local_scalar_dense",
+                "aten::nonzero",
+                "aten::masked_select",
+                "aten::_unique2",
+            )
+            return function(*args, **kwargs or {})
+
+    loader = mnist.Loader(*digits(100), batch_size=20, train=True)
+    model, totals = mnist.Net(), torch.zeros(2)
+    optimizer = mnist.Muon(model, 0.01, 10)
+    with NoReading():
+        mnist.train_step(model, loader, optimizer, torch.float32, totals, torch.arange(20))
+    with pytest.raises(AssertionError), NoReading():
+        totals.sum().item()
+
+
+def test_a_graphed_step_trains_on_every_batch_once_and_in_order(monkeypatch):
+    """With a stand-in for CUDA, in which capturing takes the step down and replaying it does the step."""
+    done, recorded = [], []
+
+    @contextlib.contextmanager
+    def graph(_):
+        recorded.append(len(done))
+        yield
+        recorded.append(done.pop())  # nothing is run while a graph is captured
+
+    class CUDAGraph:
+        def replay(self):
+            done.append(recorded[1].clone())
+
+    def step(index):
+        done.append(index if len(recorded) == 1 else index.clone())
+
+    class Stream:
+        def wait_stream(self, _):
+            pass
+
+    for name, stand_in in (("graph", graph), ("CUDAGraph", CUDAGraph), ("Stream", Stream)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    batches = torch.arange(60).split(6)
+    graphed = mnist.GraphedStep(step)
+    for index in batches:
+        graphed(index)
+    assert len(recorded) == 2
+    assert torch.equal(torch.stack(done), torch.stack(batches))
+    assert torch.equal(torch.cat(batches), torch.arange(60))  # not written over
+
+
+# --- The optimizer -------------------------------------------------------------------------------------------------
+
+
+def test_orthogonalize_makes_all_singular_values_about_1():
+    torch.manual_seed(0)
+    shapes = [(32, 144), (32, 8), (16, 16)]
+    matrices = [torch.randn(shape) @ torch.diag(torch.logspace(0, -1, shape[1])) for shape in shapes]
+    results = mnist.orthogonalize(matrices)
+    for matrix, result in zip(matrices, results, strict=True):
+        assert result.shape == matrix.shape
+        values = torch.linalg.svdvals(result)
+        assert values.min() > 0.3
+        assert values.max() < 1.3
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        nearest = left @ right
+        assert (result * nearest).sum() > 0.9 * result.norm() * nearest.norm()
+        (scaled,) = mnist.orthogonalize([1000 * matrix])
+        assert torch.allclose(scaled, result, atol=1e-3)
+
+
+def test_the_learning_rate_climbs_and_falls_to_zero(monkeypatch):
+    """Seen in the steps of a bias with a constant gradient and no momentum."""
+    monkeypatch.setattr(mnist, "MOMENTUM", 0)
+    layer = torch.nn.Conv2d(1, 1, 1)
+    optimizer = mnist.Muon(layer, lr=0.1, steps=9)
+    before, rates = layer.bias.item(), []
+    for _ in range(9):
+        layer.weight.grad, layer.bias.grad = torch.zeros(1, 1, 1, 1), torch.ones(1)
+        optimizer.step()
+        rates.append(before - layer.bias.item())
+        before = layer.bias.item()
+    climb = mnist.WARM_UP * 10
+    expected = [0.1 * min(n / climb, (10 - n) / (10 - climb)) for n in range(1, 10)]
+    assert rates == pytest.approx(expected, abs=1e-5)
+
+
+def test_momentum_is_nesterovs_as_in_torch(monkeypatch):
+    monkeypatch.setattr(mnist, "orthogonalize", lambda matrices: matrices)
+    torch.manual_seed(0)
+    mine, theirs = torch.nn.Conv2d(3, 2, 1), torch.nn.Conv2d(3, 2, 1)
+    theirs.load_state_dict(mine.state_dict())
+    optimizer = mnist.Muon(mine, lr=0.1, steps=5)
+    reference = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=mnist.MOMENTUM, nesterov=True)
+    climb = mnist.WARM_UP * 6
+    for n in range(1, 6):
+        for layer in (mine, theirs):
+            layer.zero_grad()
+            layer(torch.ones(4, 3, 2, 2) * n).square().sum().backward()
+        reference.param_groups[0]["lr"] = 0.1 * min(n / climb, (6 - n) / (6 - climb))
+        optimizer.step()
+        reference.step()
+    assert torch.allclose(mine.weight, theirs.weight, rtol=1e-4)
+
+
+def test_the_update_of_a_convolution_is_orthogonal():
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(8, 16, 3)
+    before = convolution.weight.detach().clone()
+    convolution(torch.randn(2, 8, 5, 5)).square().sum().backward()
+    mnist.Muon(convolution, lr=0.1, steps=9).step()
+    rate = 0.1 * 0.1 / mnist.WARM_UP
+    values = torch.linalg.svdvals((convolution.weight.detach() - before).flatten(1) / rate)
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+
+
+# --- Testing -------------------------------------------------------------------------------------------------------
 
 
 def test_testing_neither_augments_nor_changes_the_model():
@@ -348,11 +515,12 @@ def test_dry_run_saves_only_where_it_is_told_to(small_mnist):
 
 
 def test_output_is_the_documented_log(small_mnist, capsys):
-    mnist.main(["--epochs", "1", "--batch-size", "100", "--data-dir", small_mnist, "--precision", "float32"])
+    mnist.main(["--epochs", "1", "--batch-size", "100", "--data-dir", small_mnist, "--device", "cpu"])
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0] == "Total Parameters: 18242"
-    assert lines[1].endswith("float32): 1 epochs, 5 batches of 100")
+    assert lines[1].startswith("Training on cpu (")
+    assert lines[1].endswith("): 1 epochs, 5 batches of 100")
     assert lines[2].startswith("Test set: Average loss: ")
     assert lines[3].startswith("Epoch 1: Train Accuracy: ")
     assert lines[4].startswith("Final test accuracy ")
