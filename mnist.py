@@ -562,15 +562,24 @@ def number(kind, low, high, wish):
 
 
 def pick_device(name):
-    """Return the torch.device that --device names; auto prefers CUDA, then MPS, then the CPU."""
+    """Return the torch.device that --device names; auto prefers CUDA, then MPS, then the CPU.
+
+    A GPU may be there and yet refuse all work, as MPS does in many virtual machines: auto says so and passes it over.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in available if available[kind])
-    if name not in available:
+    if name not in ("auto", *available):
         raise argparse.ArgumentTypeError(f"{name!r} is none of auto, cpu, cuda and mps")
-    if not available[name]:
+    if not available.get(name, True):
         raise argparse.ArgumentTypeError(f"{name!r} is not available here: use cpu, or auto")
-    return torch.device(name)
+    for kind in filter(available.get, available) if name == "auto" else [name]:
+        try:
+            torch.zeros(1, device=kind)
+            return torch.device(kind)
+        except RuntimeError as error:
+            problem = f"{kind!r} does not work here ({str(error).splitlines()[0]})"
+        if name == "auto":
+            print(f"warning: {problem}: it is not used", file=sys.stderr)
+    raise argparse.ArgumentTypeError(f"{problem}: use cpu, or auto")
 
 
 def has_bfloat16(device):

@@ -234,7 +234,8 @@ def start(small_mnist, tmp_path):  # noqa: F811
             "MNIST_DATA": small_mnist,
             **options.get("env", {}),
         }
-        processes.append(subprocess.Popen([sys.executable, "-c", code, *args], **options))
+        command = [sys.executable, "-c", code, "--device", "cpu", *args]
+        processes.append(subprocess.Popen(command, **options))
         return processes[-1]
 
     yield start
@@ -402,6 +403,23 @@ def test_a_missing_device_is_an_error_not_the_cpu(device, capsys):
         mnist.main(["--dry-run", "--device", device])
     assert stop.value.code == 2
     assert f"{device!r} is not available" in capsys.readouterr().err
+
+
+def test_a_gpu_that_refuses_to_work_is_passed_over_with_a_warning(monkeypatch, capsys):
+    zeros = torch.zeros
+
+    def refuse(*args, device):
+        if device == "mps":
+            raise RuntimeError("MPS backend out of memory\nand more")
+        return zeros(*args, device=device)
+
+    monkeypatch.setattr(torch, "zeros", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert mnist.pick_device("auto").type == "cpu"
+    assert capsys.readouterr().err == "warning: 'mps' does not work here (MPS backend out of memory): it is not used\n"
+    with pytest.raises(mnist.argparse.ArgumentTypeError, match=r"\(MPS backend out of memory\): use cpu, or auto"):
+        mnist.pick_device("mps")
 
 
 def test_bfloat16_by_emulation_is_warned_of(small_mnist, monkeypatch, capsys):  # noqa: F811
