@@ -7,6 +7,7 @@ import torch
 
 import benchmark
 import mnist
+from test_model import assert_refused
 
 
 @pytest.fixture
@@ -184,12 +185,7 @@ def test_a_file_that_is_no_result_is_refused(runs, content):
     ],
 )
 def test_a_bad_value_is_refused_by_name(option, value, capsys):
-    with pytest.raises(SystemExit) as stop:
-        benchmark.main([option, value])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert option in message
-    assert value in message
+    assert_refused(benchmark.main, option, value, capsys)
 
 
 def test_help_explains_itself(capsys):

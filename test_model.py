@@ -282,10 +282,9 @@ def test_augmentation_keeps_within_its_limits(monkeypatch):
     assert right.abs().max() == pytest.approx(1.1, abs=0.2)  # 10 / (1 - 0.1) - 10
 
 
-DEVICES = sorted({"cpu", mnist.pick_device("auto").type})
-
-
 # --- Train and test ------------------------------------------------------------------------------------------------
+
+DEVICES = sorted({"cpu", mnist.pick_device("auto").type})
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -316,8 +315,7 @@ def test_a_step_records_the_loss_of_its_images_and_the_totals(monkeypatch):
     monkeypatch.setattr(mnist, "augment", lambda images: images)
     loader = mnist.Loader(*digits(100), batch_size=20, train=True)
     model, totals, index = mnist.Net(), torch.zeros(2), torch.arange(50, 70)
-    before = model.state_dict()
-    before = {name: tensor.clone() for name, tensor in before.items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.manual_seed(0)
     mnist.train_step(model, loader, mnist.Muon(model, 0.01, 10), torch.float32, totals, index)
     assert all((before[name] != tensor).any() for name, tensor in model.named_parameters() if tensor.ndim > 1)
@@ -514,13 +512,25 @@ def test_dry_run_saves_only_where_it_is_told_to(small_mnist):
 # --- Command line --------------------------------------------------------------------------------------------------
 
 
+def assert_refused(main, option, value, capsys):
+    """Assert that a script's main() ends by status 2 and a last line that names the option and its value."""
+    with pytest.raises(SystemExit) as stop:
+        main([option, value])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert option in message
+    assert value in message
+
+
 def test_output_is_the_documented_log(small_mnist, capsys):
-    mnist.main(["--epochs", "1", "--batch-size", "100", "--data-dir", small_mnist, "--device", "cpu"])
+    mnist.main(
+        ["--epochs", "1", "--batch-size", "100", "--data-dir", small_mnist, "--device", "cpu", "--precision", "float32"]
+    )
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0] == "Total Parameters: 18242"
     assert lines[1].startswith("Training on cpu (")
-    assert lines[1].endswith("): 1 epochs, 5 batches of 100")
+    assert lines[1].endswith("float32): 1 epochs, 5 batches of 100")
     assert lines[2].startswith("Test set: Average loss: ")
     assert lines[3].startswith("Epoch 1: Train Accuracy: ")
     assert lines[4].startswith("Final test accuracy ")
@@ -559,12 +569,7 @@ def test_data_dir_defaults_to_mnist_data_then_to_the_folder_beside_the_script(mo
     ],
 )
 def test_a_bad_value_is_refused_by_name(option, value, capsys):
-    with pytest.raises(SystemExit) as stop:
-        mnist.main([option, value])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert option in message
-    assert value in message
+    assert_refused(mnist.main, option, value, capsys)
 
 
 def test_the_refusal_says_what_is_wanted(capsys):
