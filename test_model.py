@@ -209,6 +209,8 @@ def test_later_epochs_draw_the_images_of_high_loss(monkeypatch):
         for part in order.split(500):  # a round draws no image twice
             assert len(part.unique()) == 500
             assert (part < 250).sum() == 250
+        first, second = (part[part >= 250].sort().values for part in order.split(500))
+        assert not torch.equal(first, second)  # the others have the same small chance each
 
 
 def test_a_later_round_draws_by_the_losses_of_the_one_before(monkeypatch):
