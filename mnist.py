@@ -1,4 +1,4 @@
-"""Train an 18,242-parameter CNN on MNIST past 99.4 % test accuracy, on a CPU, in about two minutes.
+"""Train an 18,242-parameter CNN on MNIST past 99.4 % test accuracy, on a CPU, in one or two minutes.
 
 Usage:
     python mnist.py                        # the default recipe; the weights go to mnist.pt
@@ -268,6 +268,22 @@ def train(step, loader, totals, epoch):
     return loss, accuracy
 
 
+@torch.no_grad()
+def recompute_batch_norm(model, loader, precision):
+    """Replace the running statistics of BatchNorm by the mean of those of the loader's batches, as Wu and Johnson do,
+    arXiv:2105.07576.
+
+    What training gathers is of augmented and mostly hard images, and of weights that have changed since.
+    """
+    model.eval()  # for no dropout
+    layers = [module.train() for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for number, (data, _) in enumerate(map(loader.batch, loader), start=1):
+        for layer in layers:
+            layer.momentum = 1 / number  # makes the running mean the plain one
+        with torch.autocast(data.device.type, precision, enabled=precision != torch.float32):
+            model(data)
+
+
 @torch.inference_mode()
 def test(model, loader, precision):
     """Return the mean cross-entropy loss and the number of images classified correctly."""
@@ -288,6 +304,7 @@ def fit(model, train_loader, test_loader, epochs, lr, precision, name="Test"):
     """
     device = train_loader.images.device
     optimizer = Muon(model, lr, epochs * len(train_loader))
+    clean_loader = Loader(train_loader.images[::10], train_loader.labels[::10], TEST_BATCH)  # more is no better
     totals = torch.zeros(2, device=device)
     step = functools.partial(train_step, model, train_loader, optimizer, precision, totals)
     if device.type == "cuda":
@@ -298,6 +315,7 @@ def fit(model, train_loader, test_loader, epochs, lr, precision, name="Test"):
         model.train()
         train_loss, train_accuracy = train(step, train_loader, totals, epoch)
         seconds = time.perf_counter() - start
+        recompute_batch_norm(model, clean_loader, precision)
         test_loss, correct = test(model, test_loader, precision)
         images = len(test_loader.images)
         test_accuracy = 100 * correct / images

@@ -467,6 +467,36 @@ def test_testing_neither_augments_nor_changes_the_model():
     assert all(torch.equal(*pair) for pair in zip(before, model.state_dict().values(), strict=True))
 
 
+def test_batch_norm_is_recomputed_as_the_plain_mean_of_the_batches():
+    torch.manual_seed(0)
+    model, loader = mnist.Net(), mnist.Loader(*digits(100), batch_size=25)
+    model(10 * torch.randn(8, 1, 28, 28))  # statistics that have nothing to do with the loader's images
+    weights = [parameter.clone() for parameter in model.parameters()]
+    mnist.recompute_batch_norm(model, loader, torch.float32)
+    batches = [model.conv1(loader.batch(index)[0]).detach() for index in loader]
+    assert torch.allclose(model.bn1.running_mean, torch.cat(batches).mean(dim=(0, 2, 3)), atol=1e-5)
+    variances = torch.stack([batch.var(dim=(0, 2, 3)) for batch in batches])
+    assert torch.allclose(model.bn1.running_var, variances.mean(dim=0), rtol=1e-4)
+    assert all(torch.equal(*pair) for pair in zip(weights, model.parameters(), strict=True))
+
+    # Neither dropout nor what was there before has a part in it.
+    before = [buffer.clone() for name, buffer in model.named_buffers() if "running" in name]
+    model.train()
+    mnist.recompute_batch_norm(model, loader, torch.float32)
+    after = [buffer for name, buffer in model.named_buffers() if "running" in name]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_the_trained_model_has_recomputed_batch_norm():
+    torch.manual_seed(0)
+    images, labels = digits(400)
+    model, loader = mnist.Net(), mnist.Loader(images, labels, 20, train=True)
+    mnist.fit(model, loader, mnist.Loader(images, labels, 100), epochs=2, lr=0.01, precision=torch.float32)
+    before = model.bn7.running_var.clone()
+    mnist.recompute_batch_norm(model, mnist.Loader(images[::10], labels[::10], 250), torch.float32)
+    assert torch.equal(before, model.bn7.running_var)
+
+
 def test_same_seed_gives_the_same_bits(small_mnist, tmp_path):
     paths = [tmp_path / name for name in ("first.pt", "second.pt", "other.pt")]
     for path, seed in zip(paths, ("7", "7", "8"), strict=True):
