@@ -203,10 +203,10 @@ def test_set_changes_the_constant_for_the_runs():
 
 def test_the_readme_says_what_the_results_hold():
     readme = (benchmark.FOLDER / "README.md").read_text(encoding="utf-8")
-    paths = list((benchmark.FOLDER / "results").glob("*.json"))
+    paths = list((benchmark.FOLDER / "results").rglob("*.json"))
     assert paths
     for path in paths:
         summary = benchmark.summarize(benchmark.read(path))
-        assert path.name in readme
+        assert path.relative_to(benchmark.FOLDER).as_posix() in readme
         figures = f"{summary['n']} | {summary['accuracy_mean']:.3f} % ± {summary['accuracy_std']:.3f}"
         assert f"{figures} | {summary['accuracy_min']:.2f} %" in readme, path.name
