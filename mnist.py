@@ -1,18 +1,20 @@
-"""Train an 18,242-parameter CNN on MNIST past 99.4 % test accuracy, on a CPU, in about two minutes.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.14", "torchvision>=0.29", "tqdm>=4.70", "torchsummary>=1.5"]
+# ///
+"""Train an 18,242-parameter CNN on MNIST past 99.4 % test accuracy, in about a minute on two CPU cores.
 
-Usage:
+Over n = 40 seeds it ends at 99.58 % on average, 99.49 % at least (std 0.041; two cores of an AMD EPYC, bfloat16).
+
     python mnist.py                        # the default recipe; the weights go to mnist.pt
     python mnist.py --epochs 20 --seed 1
-    python mnist.py --validate             # tune without the test set: train on 50,000, test on 10,000
-    python mnist.py --dry-run              # a batch of everything, in seconds
-
-The story goes from the top to main(). What stands below main() keeps the files and the process safe.
+    python mnist.py --validate             # leave the test set alone: train on 50,000 images, test on 10,000 others
+    python mnist.py --dry-run              # one batch of everything, in seconds
 """
 
 import argparse
 import ctypes
 import errno
-import functools
 import gzip
 import hashlib
 import http.client
@@ -27,43 +29,38 @@ import urllib.request
 import zlib
 from pathlib import Path
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run(): the imports take seconds, and Ctrl-C may come in them
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what MPS lacks runs on the CPU, and a warning says so
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what MPS lacks runs on the CPU, with a warning
 
 import torch
 import torch.nn.functional as F
-import torchsummary
 from torch import nn
 from tqdm import tqdm
 
-# --- The recipe ----------------------------------------------------------------------------------------------------
+# --- Recipe --------------------------------------------------------------------------------------------------------
 
-# The section "How it trains" of README.md explains them.
-EPOCHS = 4  # of as many images as there are. The first shows each once; later ones mostly those of high loss,
-ROUNDS = 8  # drawn anew so many times an epoch, in proportion to the loss,
-LEAST_WEIGHT = 1e-6  # or to this where the loss is smaller, so that no image is left without a chance
+EPOCHS = 4  # of as many images as the training set has; after 2, one seed in 24 missed 99.4 %
+ROUNDS = 8  # per epoch after the first: each draws images by their latest losses
+MIN_WEIGHT = 1e-6  # the least weight of an image in a draw, so that one without loss can still come up
 BATCH_SIZE = 64
-TEST_BATCH = 250  # for testing alone; larger ones take more memory and are no faster
-LR = 0.03  # the peak, reached after the warm-up
-WARM_UP = 0.2  # of all steps
+TEST_BATCH_SIZE = 250  # more take more memory and are no faster
+LR = 0.03  # the learning rate at its peak
+WARM_UP = 0.2  # the share of all steps in which the learning rate climbs; in the rest it falls to zero
 MOMENTUM = 0.9
 LABEL_SMOOTHING = 0.1
-ROTATION = 10  # degrees; this and the next three are limits, either way
-SHIFT = 2  # pixels
-SCALE = 0.1  # of the size
-SHEAR = 0.1  # pixels sideways for each pixel down
+ROTATION = 10  # the most degrees that an image is rotated, either way
+SHIFT = 2  # the most pixels that it is shifted, in any direction
+SCALE = 0.1  # the most that its width and its height are scaled, up or down
+SHEAR = 0.1  # the most pixels that it is sheared sideways for each pixel down
 
-
-# --- Model ---------------------------------------------------------------------------------------------------------
+# --- Network -------------------------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
-    """The network: (B, 1, 28, 28) normalised images in, (B, 10) logits out (no softmax)."""
+    """The network: normalised images (B, 1, 28, 28) in, float32 logits (B, 10) out; it computes in `precision`."""
 
-    def __init__(self):
+    def __init__(self, precision=torch.float32):
         super().__init__()
+        self.precision = precision
         self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
         self.bn1 = nn.BatchNorm2d(16)
         self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
@@ -86,28 +83,24 @@ class Net(nn.Module):
         self.fc = nn.Linear(8 * 3 * 3, 10)
 
     def forward(self, x):
-        # ReLU and max-pool commute; pooling first leaves ReLU a quarter of the pixels.
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.pool1(self.bn2(self.conv2(x))))
-        x = self.dropout(self.squeeze1(x))
-        x = F.relu(self.bn3(self.conv3(x)))
-        x = F.relu(self.pool2(self.bn4(self.conv4(x))))
-        x = self.squeeze2(x)
-        x = F.relu(self.bn5(self.conv5(x)))
-        x = F.relu(self.bn6(self.conv6(x)))
-        x = F.relu(self.bn7(self.squeeze3(x)))
-        return self.fc(x.flatten(1))
+        with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
+            # ReLU and max-pool commute; pooling first leaves ReLU a quarter of the pixels.
+            x = F.relu(self.bn1(self.conv1(x)))
+            x = F.relu(self.pool1(self.bn2(self.conv2(x))))
+            x = self.dropout(self.squeeze1(x))
+            x = F.relu(self.bn3(self.conv3(x)))
+            x = F.relu(self.pool2(self.bn4(self.conv4(x))))
+            x = self.squeeze2(x)
+            x = F.relu(self.bn5(self.conv5(x)))
+            x = F.relu(self.bn6(self.conv6(x)))
+            x = F.relu(self.bn7(self.squeeze3(x)))
+            return self.fc(x.flatten(1)).float()
 
 
 # --- Data ----------------------------------------------------------------------------------------------------------
 
-TRAIN_SIZE, HELD_OUT = 60_000, 10_000  # images; --validate holds the last 10,000 out
-MEAN, STD = 0.1307, 0.3081  # of the training pixels, on a scale of 0 to 1
-
-
-def default_data_dir():
-    """Return the folder that $MNIST_DATA names, else data/ beside this file."""
-    return Path(os.environ.get("MNIST_DATA") or Path(__file__).with_name("data"))
+TRAIN_SIZE, VALIDATION_SIZE = 60_000, 10_000  # images; the latter are the last of the former
+MEAN, STD = 0.1307, 0.3081  # of the training pixels, from 0 to 1
 
 
 def load_mnist(data_dir, device="cpu"):
@@ -126,8 +119,25 @@ def load_mnist(data_dir, device="cpu"):
     return (train_images, train_labels.long()), (test_images, test_labels.long())
 
 
+def train_batches(losses, batch_size, epoch):
+    """Yield the indices (B,) of each training batch of an epoch, given the last loss of every image (N,).
+
+    Epoch 1 shows every image once, in random order, but for those that do not fill a last batch. A later epoch shows
+    as many, but in each of its ROUNDS an image is drawn with a probability in proportion to its loss, which the caller
+    keeps up to date: much like selective backpropagation (Jiang et al., arXiv:1910.00762).
+    """
+    batches = len(losses) // batch_size
+    if epoch == 1:
+        yield from torch.randperm(len(losses), device=losses.device)[: batches * batch_size].split(batch_size)
+    else:
+        for part in torch.arange(batches).chunk(ROUNDS):
+            weights = losses.nan_to_num(0, 0).clamp_min(MIN_WEIGHT)  # fit() reports a loss that is not finite
+            yield from torch.multinomial(weights, len(part) * batch_size).split(batch_size)
+
+
 def augment(images):
-    """Rotate, shift, scale and shear each image of a (B, 1, 28, 28) batch by random amounts of its own."""
+    """Rotate, shift, scale and shear each image at random: (B, 28, 28) of any type in, float32 out."""
+    images = images.unsqueeze(1).float()
     angle, shift_x, shift_y, scale_x, scale_y, shear = torch.rand(6, len(images), device=images.device) * 2 - 1
     cos, sin = torch.cos(angle * math.radians(ROTATION)), torch.sin(angle * math.radians(ROTATION))
     scale_x, scale_y, shear = 1 + SCALE * scale_x, 1 + SCALE * scale_y, SHEAR * shear
@@ -140,291 +150,185 @@ def augment(images):
         dim=1,
     )
     grid = F.affine_grid(theta, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False).squeeze(1)
 
 
-class Loader:
-    """Batches of images (N, 28, 28) and labels (N,) that are on the training device already.
-
-    Iterating yields the indices (B,) of each batch, `batch(index)` the batch itself.
-    For testing every image comes once, in order. For training (train=True) they are augmented and in random order,
-    and what does not fill a last batch is left out: every image once in the first epoch; in each later one as many
-    draws, in ROUNDS rounds, in proportion to the `losses` (N,) that the caller keeps up to date, much as in selective
-    backpropagation (Jiang et al., arXiv:1910.00762).
-    """
-
-    def __init__(self, images, labels, batch_size, train=False):
-        self.images, self.labels = images, labels
-        self.batch_size, self.train = batch_size, train
-        self.losses = torch.ones(len(images), device=images.device)
-        self.epoch = 0
-
-    def __len__(self):
-        count = len(self.images) / self.batch_size
-        return math.floor(count) if self.train else math.ceil(count)
-
-    def __iter__(self):
-        self.epoch += 1
-        count, device = len(self) * self.batch_size, self.images.device
-        if not self.train:
-            yield from torch.arange(len(self.images), device=device).split(self.batch_size)
-        elif self.epoch == 1:
-            yield from torch.randperm(len(self.images), device=device)[:count].split(self.batch_size)
-        else:
-            for part in torch.arange(len(self)).chunk(ROUNDS):
-                weights = self.losses.nan_to_num(0, 0).clamp_min(LEAST_WEIGHT)  # train() reports losses not finite
-                yield from torch.multinomial(weights, len(part) * self.batch_size).split(self.batch_size)
-
-    def batch(self, index):
-        """Return (data, target) of an index (B,): normalised float32 (B, 1, 28, 28) and int64 (B,)."""
-        data = self.images[index].unsqueeze(1).float() / 255
-        if self.train:
-            data = augment(data)
-        return (data - MEAN) / STD, self.labels[index]
+def normalise(images):
+    """Bring images (B, 28, 28), 0 to 255, to what the network takes: float32 (B, 1, 28, 28), mean 0, variance 1."""
+    return (images.unsqueeze(1) / 255 - MEAN) / STD
 
 
-# --- Train and test ------------------------------------------------------------------------------------------------
+# --- Training ------------------------------------------------------------------------------------------------------
 
 
 def orthogonalize(matrices):
-    """Return for each matrix (M, N) of a list about the nearest whose singular values are all 1.
+    """Return, for each of the matrices (K, M, N), about the nearest one whose singular values are all 1.
 
-    Five Newton-Schulz steps on all at once: padding them to one size by zeros, which remain zeros, takes less time than
-    launching so many small products one by one.
+    Five steps of the Newton-Schulz iteration, with the coefficients of Muon; rows and columns of zeros stay zeros.
     """
-    rows, columns = (max(sizes) for sizes in zip(*(matrix.shape for matrix in matrices), strict=True))
-    batch = [F.pad(matrix, (0, columns - matrix.shape[1], 0, rows - len(matrix))) for matrix in matrices]
-    batch = torch.stack(batch)
-    batch = batch / (batch.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        square = batch @ batch.mT
-        square = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        batch = torch.baddbmm(batch, square, batch, beta=3.4445)
-    return [result[: len(matrix), : matrix.shape[1]] for result, matrix in zip(batch, matrices, strict=True)]
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 class Muon:
-    """Nesterov momentum, with the updates of the convolutions orthogonalized: Muon, by K. Jordan et al.,
-    https://kellerjordan.github.io/posts/muon/.
+    """Nesterov momentum with the updates of convolutions orthogonalized: Muon, by K. Jordan et al.,
+    https://kellerjordan.github.io/posts/muon/. Over `steps` steps the learning rate climbs to `lr` and falls to zero.
 
-    The rate climbs to `lr` and falls to zero again over `steps` steps. It is computed on the model's device, so that a
-    CUDA graph can hold it. Not torch.optim's Muon: that takes matrices alone, and importing torch.optim takes 2 s.
+    The parameters become views of one buffer, and their gradients of another, so that an operation takes them all at
+    once. All state is on the model's device, for a CUDA graph. torch.optim.Muon takes matrices alone, one by one.
     """
 
     def __init__(self, model, lr, steps):
-        self.parameters, self.lr, self.steps = list(model.parameters()), lr, steps
-        self.momenta = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.step_number = torch.zeros((), device=self.parameters[0].device)
+        parameters = list(model.parameters())
+        device = parameters[0].device
+        sizes = [parameter.numel() for parameter in parameters]
+        self.values, self.grads, self.momentum, self.update = (torch.zeros(sum(sizes), device=device) for _ in range(4))
+        self.lr, self.steps, self.step_number = lr, steps, torch.zeros((), device=device)
+
+        self.filters = []  # views of the update: a matrix (output channels, -1) for each convolution
+        views = (buffer.split(sizes) for buffer in (self.values, self.grads, self.update))
+        for parameter, value, grad, update in zip(parameters, *views, strict=True):
+            layout = parameter.size(), parameter.stride()
+            parameter.grad = grad.as_strided(*layout)
+            parameter.data = value.as_strided(*layout).copy_(parameter.data)
+            if parameter.ndim == 4:
+                self.filters.append(update.view(len(parameter), -1))
+        # Padded with zeros to one size they are multiplied all at once: much faster than many small products.
+        shapes = [matrix.shape for matrix in self.filters]
+        self.batch = torch.zeros(len(shapes), *map(max, zip(*shapes, strict=True)), device=device)
+        self.unpadded = [matrix[:rows, :columns] for matrix, (rows, columns) in zip(self.batch, shapes, strict=True)]
+
+    def zero_grad(self):
+        self.grads.zero_()
 
     @torch.no_grad()
     def step(self):
         self.step_number += 1
         progress = self.step_number / (self.steps + 1)
         rate = self.lr * torch.minimum(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
-        updates = []
-        for parameter, momentum in zip(self.parameters, self.momenta, strict=True):
-            momentum.mul_(MOMENTUM).add_(parameter.grad)
-            updates.append(parameter.grad.add(momentum, alpha=MOMENTUM))
-        orthogonal = iter(orthogonalize([update.flatten(1) for update in updates if update.ndim == 4]))
-        for parameter, update in zip(self.parameters, updates, strict=True):
-            if parameter.ndim == 4:
-                update = next(orthogonal).view_as(parameter)
-            parameter.sub_(rate * update)
+        self.momentum.mul_(MOMENTUM).add_(self.grads)
+        torch.add(self.grads, self.momentum, alpha=MOMENTUM, out=self.update)
+        for matrix, unpadded in zip(self.filters, self.unpadded, strict=True):
+            unpadded.copy_(matrix)
+        self.batch.copy_(orthogonalize(self.batch))
+        for matrix, unpadded in zip(self.filters, self.unpadded, strict=True):
+            matrix.copy_(unpadded)
+        self.values.sub_(rate * self.update)
 
 
-def train_step(model, loader, optimizer, precision, totals, index):
-    """Train on the batch at `index` (B,); add its mean loss and its number of correct answers to `totals` (2,)."""
-    data, target = loader.batch(index)
-    with torch.autocast(data.device.type, precision, enabled=precision != torch.float32):
-        output = model(data)
-    output = output.float()
-    loss = F.cross_entropy(output, target, label_smoothing=LABEL_SMOOTHING)
-    model.zero_grad()
-    loss.backward()
-    optimizer.step()
-    output = output.detach()
-    loader.losses[index] = F.cross_entropy(output, target, reduction="none")
-    totals += torch.stack([loss.detach(), (output.argmax(dim=1) == target).sum()])
+class GraphedStep:
+    """A training step on a GPU, step(index), that launches its hundreds of kernels at once, as a CUDA graph.
 
-
-def train(step, loader, totals, epoch):
-    """Train for one epoch by calling `step(index)`; return the mean loss and the accuracy in % as they went by."""
-    totals.zero_()
-    fed = time.monotonic()
-    with tqdm(loader, desc=f"Epoch {epoch}", disable=None) as bar:
-        for number, index in enumerate(bar, start=1):
-            step(index)
-            # Reading the totals makes a GPU wait for the host: not at every step, but a few times a second.
-            if number == len(loader) or time.monotonic() - fed > 0.2:
-                fed = time.monotonic()
-                loss, accuracy = (totals / number).tolist()
-                accuracy *= 100 / loader.batch_size
-                if not math.isfinite(loss):
-                    raise UserError(
-                        f"the loss is {loss} at epoch {epoch}, step {number}: "
-                        "lower --lr, raise --batch-size or try --precision float32"
-                    )
-                bar.set_postfix_str(f"loss={loss:.4f}, acc={accuracy:.2f}%", refresh=False)
-    return loss, accuracy
-
-
-@torch.no_grad()
-def recompute_batch_norm(model, loader, precision):
-    """Replace the running statistics of BatchNorm by the mean of those of the loader's batches, as Wu and Johnson do,
-    arXiv:2105.07576.
-
-    What training gathers is of augmented and mostly hard images, and of weights that have changed since.
+    The first three calls run it as it is, as the libraries beneath need before a capture; the fourth captures it.
     """
-    model.eval()  # for no dropout
-    layers = [module.train() for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for number, (data, _) in enumerate(map(loader.batch, loader), start=1):
-        for layer in layers:
-            layer.momentum = 1 / number  # makes the running mean the plain one
-        with torch.autocast(data.device.type, precision, enabled=precision != torch.float32):
-            model(data)
+
+    def __init__(self, step):
+        self.step, self.calls, self.graph = step, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self, index):
+        self.calls += 1
+        if self.calls <= 3:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.step(index)
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if self.calls == 4:
+            self.index = index.clone()
+            with torch.cuda.graph(self.graph):
+                self.step(self.index)
+        self.index.copy_(index)
+        self.graph.replay()
+
+
+def keep_freed_memory():
+    """Have the C library keep the memory that one step frees for the next.
+
+    By default glibc returns every large block to the system. Clearing and mapping its pages again took a third of each
+    step (59 ms against 39 with batches of 64 on two cores of an AMD EPYC). Without glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 @torch.inference_mode()
-def test(model, loader, precision):
-    """Return the mean cross-entropy loss and the number of images classified correctly."""
+def classify(model, images):
+    """Return the logits (N, 10) that the model gives to uint8 images (N, 28, 28) in MNIST's form."""
     model.eval()
-    loss_sum = correct = torch.zeros((), device=loader.images.device)
-    for data, target in map(loader.batch, loader):
-        with torch.autocast(data.device.type, precision, enabled=precision != torch.float32):
-            output = model(data)
-        loss_sum = loss_sum + F.cross_entropy(output.float(), target, reduction="sum")
-        correct = correct + (output.argmax(dim=1) == target).sum()
-    return loss_sum.item() / len(loader.images), int(correct)
+    return torch.cat([model(normalise(batch)) for batch in images.split(TEST_BATCH_SIZE)])
 
 
-def fit(model, train_loader, test_loader, epochs, lr, precision, name="Test"):
-    """Train `model` in place by the recipe, testing and printing after every epoch.
+def test(model, images, labels):
+    """Return the mean cross-entropy loss and the number of images (N, 28, 28) classified correctly."""
+    logits = classify(model, images)
+    return F.cross_entropy(logits, labels).item(), (logits.argmax(dim=1) == labels).sum().item()
 
-    Returns the history: a dictionary an epoch, of mean losses, accuracies in % and seconds of training.
+
+def fit(model, train_set, test_set, epochs, batch_size, lr, test_name="Test"):
+    """Train `model` in place by the recipe, and test it after every epoch.
+
+    Each set is (images, labels) as load_mnist() returns them, on the model's device. Returns the history: for each
+    epoch a dictionary of mean losses, accuracies in % and seconds of training. Raises UserError if the loss diverges.
     """
-    device = train_loader.images.device
-    optimizer = Muon(model, lr, epochs * len(train_loader))
-    clean_loader = Loader(train_loader.images[::10], train_loader.labels[::10], TEST_BATCH)  # more is no better
-    totals = torch.zeros(2, device=device)
-    step = functools.partial(train_step, model, train_loader, optimizer, precision, totals)
-    if device.type == "cuda":
+    images, labels = train_set
+    batches = len(images) // batch_size
+    optimizer = Muon(model, lr, epochs * batches)
+    losses = torch.ones(len(images), device=images.device)  # of each image when it was last seen
+    totals = torch.zeros(2, device=images.device)  # of the epoch so far: the losses of its batches, its correct answers
+
+    def step(index):
+        # A CUDA graph can hold this: it reads nothing back, and all that it changes stays where it is.
+        data, target = normalise(augment(images[index])), labels[index]
+        output = model(data)
+        loss = F.cross_entropy(output, target, label_smoothing=LABEL_SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        output = output.detach()
+        losses[index] = F.cross_entropy(output, target, reduction="none")
+        totals.add_(torch.stack([loss.detach(), (output.argmax(dim=1) == target).sum()]))
+
+    if images.device.type == "cuda":
         step = GraphedStep(step)
     history = []
     for epoch in range(1, epochs + 1):
-        start = time.perf_counter()
         model.train()
-        train_loss, train_accuracy = train(step, train_loader, totals, epoch)
+        totals.zero_()
+        start = shown = time.perf_counter()
+        with tqdm(train_batches(losses, batch_size, epoch), f"Epoch {epoch}", batches, disable=None) as bar:
+            for count, index in enumerate(bar, start=1):
+                step(index)
+                # Reading the totals makes a GPU wait for the host: not at every step, but a few times a second.
+                if count == batches or time.perf_counter() - shown > 0.2:
+                    shown = time.perf_counter()
+                    train_loss, correct = (totals / count).tolist()
+                    train_accuracy = 100 * correct / batch_size
+                    if not math.isfinite(train_loss):
+                        raise UserError(
+                            f"the loss is {train_loss} at epoch {epoch}, step {count}: "
+                            "lower --lr, raise --batch-size or try --precision float32"
+                        )
+                    bar.set_postfix_str(f"loss={train_loss:.4f}, acc={train_accuracy:.2f}%", refresh=False)
         seconds = time.perf_counter() - start
-        recompute_batch_norm(model, clean_loader, precision)
-        test_loss, correct = test(model, test_loader, precision)
-        images = len(test_loader.images)
-        test_accuracy = 100 * correct / images
-        print(f"{name} set: Average loss: {test_loss:.4f}, Accuracy: {correct}/{images} ({test_accuracy:.2f}%)")
-        print(f"Epoch {epoch}: Train Accuracy: {train_accuracy:.2f}%, {name} Accuracy: {test_accuracy:.2f}%")
+        test_loss, correct = test(model, *test_set)
+        size = len(test_set[0])
+        test_accuracy = 100 * correct / size
+        print(f"{test_name} set: Average loss: {test_loss:.4f}, Accuracy: {correct}/{size} ({test_accuracy:.2f}%)")
+        print(f"Epoch {epoch}: Train Accuracy: {train_accuracy:.2f}%, {test_name} Accuracy: {test_accuracy:.2f}%")
         history.append({"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy})
         history[-1] |= {"test_loss": test_loss, "test_accuracy": test_accuracy, "seconds": seconds}
     return history
 
 
-# --- Command line --------------------------------------------------------------------------------------------------
-
-
-def parse_args(argv):
-    count = number(int, 1, math.inf, "a whole number above 0")
-    rate = number(float, sys.float_info.min, math.inf, "a finite number above 0")
-    seed = number(int, 0, 2**63, "a whole number from 0 to 2**63 - 1")
-
-    parser = argparse.ArgumentParser(prog="mnist.py", description="Train an 18,242-parameter CNN on MNIST.")
-    add = parser.add_argument
-    add("--epochs", type=count, default=EPOCHS, help="of 60,000 images each (default: %(default)s)")
-    add("--batch-size", type=count, default=BATCH_SIZE, help="images in a step (default: %(default)s)")
-    add("--lr", type=rate, default=LR, help="peak learning rate (default: %(default)s)")
-    add("--seed", type=seed, default=0, help="fixes everything random (default: %(default)s)")
-    add("--device", type=pick_device, default="auto", metavar="{auto,cpu,cuda,mps}", help="default: %(default)s")
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where native")
-    add("--data-dir", type=Path, default=default_data_dir(), help="folder of MNIST/raw (default: $MNIST_DATA or data/)")
-    add("--save-model", type=Path, metavar="PATH", help="weights file (default: mnist.pt; none in a dry run)")
-    add("--validate", action="store_true", help="train on the first 50,000 training images, test on the other 10,000")
-    add("--dry-run", action="store_true", help="train and test on a single batch")
-    add("--summary", action="store_true", help="print the layers of the network and exit")
-    args = parser.parse_args(argv)
-    images = TRAIN_SIZE - HELD_OUT * args.validate
-    if args.batch_size > images:
-        parser.error(f"argument --batch-size: {args.batch_size} is more than the {images} training images")
-    if args.precision == "auto":
-        args.precision = "bfloat16" if has_bfloat16(args.device) else "float32"
-    elif args.precision == "bfloat16" and not has_bfloat16(args.device):
-        print(f"mnist.py: warning: {args.device} has no native bfloat16, emulating it is slow", file=sys.stderr)
-    if args.save_model is None and not (args.dry_run or args.summary):
-        args.save_model = Path("mnist.pt")
-    if args.save_model:
-        # Training takes minutes, so whether its result can be saved is found out before, not after.
-        try:
-            save({"state_dict": Net().state_dict()}, args.save_model, rehearsal=True)
-        except OSError as error:
-            parser.error(f"argument --save-model: cannot write {args.save_model}: {error.strerror}")
-    return args
-
-
-def main(argv=None):
-    """Train as the command line `argv` says (sys.argv[1:] if None), print the progress and save the weights.
-
-    Returns what is saved, less the weights: "parameters", "test_accuracy" (in %, after the last epoch),
-    "seconds" (of training and testing), "history" (see fit()) and "settings"; None after --summary.
-    """
-    args = parse_args(argv)
-    keep_freed_memory()
-    torch.backends.cudnn.deterministic = True
-    torch.manual_seed(args.seed)
-    model = Net()
-    if args.summary:
-        torchsummary.summary(model, (1, 28, 28), device="cpu")
-        return None
-    model.to(args.device, memory_format=torch.channels_last)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"Total Parameters: {parameters}")
-
-    train_set, test_set = load_mnist(args.data_dir, args.device)
-    name = "Validation" if args.validate else "Test"
-    if args.validate:
-        train_set, test_set = [part[:-HELD_OUT] for part in train_set], [part[-HELD_OUT:] for part in train_set]
-    if args.dry_run:
-        args.epochs = 1
-        train_set, test_set = [part[: args.batch_size] for part in train_set], [part[:TEST_BATCH] for part in test_set]
-    train_loader = Loader(*train_set, args.batch_size, train=True)
-    test_loader = Loader(*test_set, TEST_BATCH)
-
-    threads = torch.get_num_threads()
-    how = f"{threads} threads, {args.precision}" if args.device.type == "cpu" else args.precision
-    print(
-        f"Training on {args.device} ({how}): {args.epochs} epochs, "
-        f"{args.epochs * len(train_loader)} batches of {args.batch_size}"
-    )
-    start = time.perf_counter()
-    history = fit(model, train_loader, test_loader, args.epochs, args.lr, getattr(torch, args.precision), name)
-    seconds = time.perf_counter() - start
-    accuracy = history[-1]["test_accuracy"]
-    print(
-        f"Final {name.lower()} accuracy {accuracy:.2f}% with {parameters:,} parameters "
-        f"after {args.epochs} epochs in {seconds:.0f} s"
-    )
-
-    chosen = ("epochs", "batch_size", "lr", "seed", "precision", "validate", "dry_run")
-    settings = {option: getattr(args, option) for option in chosen}
-    settings |= {"device": str(args.device), "threads": threads, "torch": str(torch.__version__)}
-    results = {"parameters": parameters, "test_accuracy": accuracy, "seconds": seconds}
-    results |= {"history": history, "settings": settings}
-    if args.save_model:
-        try:
-            save({"state_dict": model.state_dict(), **results}, args.save_model)
-        except OSError as error:
-            raise UserError(f"cannot save the weights to {args.save_model}: {error.strerror}") from error
-        print(f"Saved the weights to {args.save_model}")
-    return results
-
-
-# --- Files: what is read is checked, what is written is whole ---------------------------------------------------------
-
+# --- Files and errors: what is read is checked, what is written is whole ----------------------------------------------
 
 TIMEOUT = 30  # seconds that a mirror may be silent
 
@@ -435,6 +339,10 @@ FILES = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+
+
+class UserError(Exception):
+    """Something that the user can put right: the message names it and the way out."""
 
 
 def is_intact(name, content):
@@ -460,10 +368,9 @@ def read_file(folder, name):
 def download(folder, name):
     """Return the unpacked bytes of one of the FILES from the first mirror that has it; keep the archive in `folder`.
 
-    Raises UserError if no mirror has it, or `folder` cannot be written to.
+    Raises UserError if no mirror has it, and OSError if `folder` cannot be written to.
     """
-    # Importing torchvision takes longer than reading MNIST, and only a download needs it.
-    from torchvision.datasets import MNIST
+    from torchvision.datasets import MNIST  # takes longer to import than MNIST to read: not at every start
 
     errors = []
     for mirror in MNIST.mirrors:
@@ -474,79 +381,84 @@ def download(folder, name):
                 archive = response.read()
             if not is_intact(name, content := gzip.decompress(archive)):
                 raise ValueError("other content than MNIST's")
-            folder.mkdir(parents=True, exist_ok=True)
-            write(archive, folder / f"{name}.gz")
-            return content
         except (OSError, http.client.HTTPException, EOFError, zlib.error, ValueError) as error:
             errors.append(f"{url}: {error}")
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        write(archive, folder / f"{name}.gz")
+        return content
     raise UserError(
         f"no intact {name}.gz in {folder}, nor from a mirror ({'; '.join(errors)}): put "
-        f"{', '.join(f'{name}.gz' for name in FILES)} there, or name another folder by --data-dir or MNIST_DATA"
+        f"{', '.join(f'{name}.gz' for name in FILES)} there, or name another folder with --data-dir or MNIST_DATA"
     )
 
 
-def write(content, path, rehearsal=False):
-    """Write bytes so that, whatever happens, `path` holds the whole old file or the whole new one.
-
-    A rehearsal does all of it but leaves `path` alone. Raises OSError where the file cannot be written.
-    """
-    path = path.resolve()
-    if path.exists() and not path.is_file():  # a folder; or /dev/null, which must not be replaced by a file
-        raise FileExistsError(errno.EEXIST, "it is there, and not a file")
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def write(content, path):
+    """Write bytes so that, whatever happens, `path` holds the whole old file or the whole new one. Raises OSError."""
+    target = path.resolve()
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        with open(unfinished, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if not rehearsal:
-            os.replace(unfinished, path)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the user knows
     finally:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def save(checkpoint, path, rehearsal=False):
-    """Save `checkpoint` by write(), of which a rehearsal does all but to change `path`. Raises OSError."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write(buffer.getbuffer(), path, rehearsal)
+def writable(path):
+    """Return the Path of a file to which a network's weights could be written: an argparse type.
+
+    Training takes a minute or more, so whether its result can be saved is found out before it, not after.
+    """
+    path = Path(path)
+    target = path.resolve()
+    trial = target.with_name(f"{target.name}.{os.getpid()}.trial")
+    try:
+        if path.exists() and not path.is_file():  # a folder; or /dev/null, which must not be replaced by a file
+            raise FileExistsError(errno.EEXIST, "it exists and is not a file")
+        write(bytes(2**17), trial)  # more than the weights take
+        trial.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def find_weights(path=None):
+    """Return `path` if it is given, else mnist.pt in the current folder if there is one, else pretrained.pt."""
+    own = Path("mnist.pt")
+    return path or (own if own.exists() else Path(__file__).with_name("pretrained.pt"))
 
 
 def load(path):
-    """Return (model, checkpoint) of a file that main() saved: a Net in evaluation mode, and all the file holds.
+    """Return (model, checkpoint) of a file that main() saved: a Net in evaluation mode, and all that the file holds.
 
-    Raises UserError where the file cannot be read, or is not a checkpoint of this network.
+    Raises OSError if the file cannot be read, and UserError if it is not a checkpoint of this network.
     """
-    model = Net()
+    model, content = Net(), io.BytesIO(Path(path).read_bytes())
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
         model.load_state_dict(checkpoint["state_dict"])
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is damaged, or not a checkpoint of this network: train one by mnist.py") from error
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged, or not a checkpoint of this network: train one with mnist.py") from error
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise UserError(f"{path} holds weights that are not finite numbers: train it anew by mnist.py")
+        raise UserError(f"{path} holds weights that are not finite numbers: train it again with mnist.py")
     return model.eval(), checkpoint
 
 
-# --- The process: its errors, its options and its memory --------------------------------------------------------------
-
-
-class UserError(Exception):
-    """Something that the user can put right: the message names it and the way out."""
-
-
 def run(main):
-    """Run a script's main(). What a user can cause ends it by one line on stderr, not by a traceback.
+    """Run a script's main(). What a user can cause ends it with one line on stderr, not with a traceback.
 
-    The exit status is 1 after a UserError, 130 after Ctrl-C, 143 after SIGTERM, and 141 where the reader of the
-    output has gone (`python mnist.py | head -1`).
+    The exit status is 1 after a UserError or a file that cannot be read or written, 130 after Ctrl-C, 143 after
+    SIGTERM, and 141 if the reader of the output is gone (`python mnist.py | head -1`).
     """
     script = Path(sys.argv[0]).name
 
-    def stop(number, _frame):
-        raise KeyboardInterrupt(number)
+    def stop(signal_number, _frame):
+        raise KeyboardInterrupt(signal_number)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
@@ -556,15 +468,22 @@ def run(main):
     except UserError as error:
         sys.exit(f"{script}: error: {error}")
     except KeyboardInterrupt as interrupt:
-        number = interrupt.args[0]
-        print(f"{script}: stopped by {signal.Signals(number).name}", file=sys.stderr)
-        sys.exit(128 + number)
+        signal_number = interrupt.args[0]
+        print(f"{script}: stopped by {signal.Signals(signal_number).name}", file=sys.stderr)
+        sys.exit(128 + signal_number)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(141)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"{script}: error: {error.filename}: {error.strerror}")
 
 
-def number(kind, low, high, wish):
+# --- Command line --------------------------------------------------------------------------------------------------
+
+
+def in_range(kind, low, high, expected):
     """Return an argparse type: an int or float (`kind`) for which low <= value < high."""
 
     def parse(text):
@@ -573,7 +492,7 @@ def number(kind, low, high, wish):
         except ValueError:
             value = math.nan
         if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wish}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
         return value
 
     return parse
@@ -582,7 +501,7 @@ def number(kind, low, high, wish):
 def pick_device(name):
     """Return the torch.device that --device names; auto prefers CUDA, then MPS, then the CPU.
 
-    A GPU may be there and yet refuse all work, as MPS does in many virtual machines: auto says so and passes it over.
+    A GPU can be present and yet refuse all work, as MPS does in many virtual machines: auto says so and goes on.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name not in ("auto", *available):
@@ -594,57 +513,109 @@ def pick_device(name):
             torch.zeros(1, device=kind)
             return torch.device(kind)
         except RuntimeError as error:
-            problem = f"{kind!r} does not work here ({str(error).splitlines()[0]})"
+            failure = f"{kind!r} does not work here ({str(error).splitlines()[0]})"
         if name == "auto":
-            print(f"warning: {problem}: it is not used", file=sys.stderr)
-    raise argparse.ArgumentTypeError(f"{problem}: use cpu, or auto")
+            print(f"warning: {failure}: it is not used", file=sys.stderr)
+    raise argparse.ArgumentTypeError(f"{failure}: use cpu, or auto")
 
 
 def has_bfloat16(device):
-    """Whether `device` computes in bfloat16 itself; where it is emulated it is slower than float32."""
+    """Return whether `device` computes in bfloat16 natively; emulated, it is slower than float32."""
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-class GraphedStep:
-    """A training step `step(index)` on a GPU, with its hundreds of kernels launched at once, as a CUDA graph.
+def default_data_dir():
+    """Return the folder that $MNIST_DATA names, else data/ beside this file."""
+    return Path(os.environ.get("MNIST_DATA") or Path(__file__).with_name("data"))
 
-    The first three calls run it as it is, which the libraries beneath need before a capture; the fourth captures it.
+
+def parse_args(argv):
+    count = in_range(int, 1, math.inf, "a whole number above 0")
+    rate = in_range(float, sys.float_info.min, math.inf, "a finite number above 0")
+    seed = in_range(int, 0, 2**63, "a whole number from 0 to 2**63 - 1")
+
+    parser = argparse.ArgumentParser(prog="mnist.py", description="Train an 18,242-parameter CNN on MNIST.")
+    add = parser.add_argument
+    add("--epochs", type=count, default=EPOCHS, help="of 60,000 images each (default: %(default)s)")
+    add("--batch-size", type=count, default=BATCH_SIZE, help="images per step (default: %(default)s)")
+    add("--lr", type=rate, default=LR, help="peak learning rate (default: %(default)s)")
+    add("--seed", type=seed, default=0, help="of everything random (default: %(default)s)")
+    add("--device", type=pick_device, default="auto", metavar="{auto,cpu,cuda,mps}", help="default: %(default)s")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where native")
+    add("--data-dir", type=Path, default=default_data_dir(), help="holds MNIST/raw (default: $MNIST_DATA or data/)")
+    add("--save-model", type=writable, metavar="PATH", help="weights file (default: mnist.pt; none in a dry run)")
+    add("--validate", action="store_true", help="train on the first 50,000 training images, test on the other 10,000")
+    add("--dry-run", action="store_true", help="train and test on a single batch")
+    add("--summary", action="store_true", help="print the layers of the network and exit")
+    args = parser.parse_args(argv)
+    images = TRAIN_SIZE - VALIDATION_SIZE * args.validate
+    if args.batch_size > images:
+        parser.error(f"argument --batch-size: {args.batch_size} is more than the {images} training images")
+    if args.precision == "auto":
+        args.precision = "bfloat16" if has_bfloat16(args.device) else "float32"
+    elif args.precision == "bfloat16" and not has_bfloat16(args.device):
+        print(f"mnist.py: warning: {args.device} has no native bfloat16; emulating it is slow", file=sys.stderr)
+    if not (args.save_model or args.dry_run or args.summary):
+        parser.parse_args(["--save-model", "mnist.pt"], args)  # to check it as if it had been given
+    return args
+
+
+def main(argv=None):
+    """Train as the command line `argv` says (sys.argv[1:] if None), print the progress and save the weights.
+
+    Returns what is saved, but for the weights: "parameters", "test_accuracy" (in %, after the last epoch),
+    "seconds" (of training and testing), "history" (see fit()) and "settings"; None after --summary.
     """
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = True
+    keep_freed_memory()
+    model = Net(getattr(torch, args.precision))
+    if args.summary:
+        import torchsummary
 
-    def __init__(self, step):
-        self.step, self.calls, self.graph = step, 0, torch.cuda.CUDAGraph()
+        torchsummary.summary(model, (1, 28, 28), device="cpu")
+        return None
+    model.to(args.device, memory_format=torch.channels_last)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"Total Parameters: {parameters}")
 
-    def __call__(self, index):
-        self.calls += 1
-        if self.calls <= 3:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.step(index)
-            torch.cuda.current_stream().wait_stream(stream)
-            return
-        if self.calls == 4:
-            self.index = index.clone()
-            with torch.cuda.graph(self.graph):
-                self.step(self.index)
-        self.index.copy_(index)
-        self.graph.replay()
+    train_set, test_set = load_mnist(args.data_dir, args.device)
+    if args.validate:
+        train_set, test_set = [p[:-VALIDATION_SIZE] for p in train_set], [p[-VALIDATION_SIZE:] for p in train_set]
+    if args.dry_run:
+        args.epochs = 1
+        train_set, test_set = [p[: args.batch_size] for p in train_set], [p[:TEST_BATCH_SIZE] for p in test_set]
+    test_name = "Validation" if args.validate else "Test"
 
+    threads = torch.get_num_threads()
+    where = f"cpu, {threads} thread{'s' * (threads > 1)}" if args.device.type == "cpu" else args.device
+    print(
+        f"Training on {where}, {args.precision}: "
+        f"{args.epochs} x {len(train_set[0]) // args.batch_size} batches of {args.batch_size}"
+    )
+    start = time.perf_counter()
+    history = fit(model, train_set, test_set, args.epochs, args.batch_size, args.lr, test_name)
+    seconds = time.perf_counter() - start
+    accuracy = history[-1]["test_accuracy"]
+    print(
+        f"Final {test_name.lower()} accuracy {accuracy:.2f}% with {parameters:,} parameters "
+        f"after epoch {args.epochs}, in {seconds:.0f} s"
+    )
 
-def keep_freed_memory():
-    """Have the C library keep the memory that a step frees for the next step.
-
-    By default glibc returns every large block to the system; having the pages cleared and mapped anew took a third
-    of each step (59 ms against 39 at batch 64 on two cores of an AMD EPYC). Without glibc this does nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
+    settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
+    settings |= {"device": str(args.device), "threads": threads, "torch": str(torch.__version__)}
+    results = {"parameters": parameters, "test_accuracy": accuracy, "seconds": seconds}
+    results |= {"history": history, "settings": settings}
+    if args.save_model:
+        buffer = io.BytesIO()
+        torch.save({"state_dict": model.state_dict(), **results}, buffer)
+        write(buffer.getvalue(), args.save_model)
+        print(f"Saved the weights to {args.save_model}")
+    return results
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Read handwritten digits from pictures: photographs, scans and drawings, of one digit each.
 
 Usage:
-    python predict.py digit.png photo.jpg       # a line a picture: the digit, how sure, and the runner-up
-    python predict.py --json *.png              # for programs: a JSON object a line, with the ten probabilities
+    python predict.py digit.png photo.jpg       # a line for each: the digit, its probability, and the runner-up
+    python predict.py --json *.png              # for programs: a line of JSON for each, with the ten probabilities
     python predict.py --show photo.jpg          # also write seen.png: each picture beside what the network saw
     python predict.py - < digit.png             # a picture from standard input
 """
@@ -18,14 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from scipy import ndimage
 
 import mnist
 
 SIDE = 160  # pixels; a larger picture is reduced to this before the digit is looked for
 MAX_BYTES = 2**28  # of standard input, which may never end
-SEEN = "seen.png"  # a fixed name, so that --show can never overwrite a picture given to it
+SHEET = Path("seen.png")  # what --show writes
 
 
 # --- Any picture in MNIST's form -----------------------------------------------------------------------------------
@@ -46,117 +46,82 @@ def to_grey(image):
     return image
 
 
-def extent(ink):
+def bounding_box(ink):
     """Return the slices of rows and columns that hold all of the ink (H, W)."""
-    lines = [ink.amax(dim=other).nonzero() for other in (1, 0)]
-    return tuple(slice(int(line[0]), int(line[-1]) + 1) for line in lines)
-
-
-def centre(ink):
-    """Return the row and the column of the ink's (H, W) centre of mass, in pixels."""
-    return [
-        float((ink.sum(dim=other) * torch.arange(size)).sum() / ink.sum())
-        for size, other in zip(ink.shape, (1, 0), strict=True)
-    ]
+    return ndimage.find_objects((ink > 0).astype(int))[0]
 
 
 def is_mnist(grey):
-    """Whether the picture is in MNIST's form already; the limits are those of its 70,000 digits."""
+    """Return whether a picture (H, W) is in MNIST's form already; the limits are those of its 70,000 digits."""
     if grey.shape != (28, 28) or not grey.any():
         return False
-    longer = max(part.stop - part.start for part in extent(grey))
-    return longer in (19, 20) and all(abs(mean - 14) < 0.6 for mean in centre(grey))
-
-
-def slide(pool, image, window):
-    """Pool the image (H, W) over a window by window square, for an odd window, without changing its shape."""
-    for kernel in ((window, 1), (1, window)):
-        image = pool(image[None, None], kernel, stride=1, padding=(kernel[0] // 2, kernel[1] // 2))[0, 0]
-    return image
-
-
-def dilate(image, window):
-    return slide(F.max_pool2d, image, window)
+    longer = max(part.stop - part.start for part in bounding_box(grey))
+    return longer in (19, 20) and all(abs(mean - 14) < 0.6 for mean in ndimage.center_of_mass(grey))
 
 
 def polarity(grey):
-    """Return 1 for light ink on a dark ground and -1 for dark ink on a light one."""
+    """Return 1 if a picture (H, W) shows light ink on a dark ground, and -1 if dark ink on a light one."""
     height, width = grey.shape
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=-1)
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
     margin = max(1, min(height, width) // 16)
-    border = torch.ones_like(grey, dtype=torch.bool)
+    border = np.ones_like(grey, dtype=bool)
     border[margin:-margin, margin:-margin] = False
-    # What continues the border smoothly is ground, however unevenly lit; what departs from it furthest is ink.
-    surface = terms @ torch.linalg.lstsq(terms[border], grey[border, None], driver="gelsd").solution
-    return 1 if ((grey - surface[..., 0]) ** 3).sum() > 0 else -1
-
-
-def strokes(strong):
-    """Number the connected parts of the mask (H, W): int64 (H, W), 0 outside them."""
-    labels = torch.arange(1, strong.numel() + 1).view(strong.shape) * strong
-    while True:
-        # Each pixel takes the highest number around it, then the one that the pixel of that number has by now.
-        grown = dilate(labels.float(), 3).long() * strong
-        grown = F.pad(grown.flatten(), (1, 0))[grown]
-        if torch.equal(grown, labels):
-            return labels
-        labels = grown
+    # What continues the border smoothly is ground, however uneven the light; what departs furthest from it is ink.
+    coefficients = np.linalg.lstsq(terms[border], grey[border])[0]
+    return 1 if ((grey - terms @ coefficients) ** 3).sum() > 0 else -1
 
 
 def find_ink(grey):
-    """Return how much ink there is in each pixel of a picture (H, W), from 0 to 1.
-
-    Raises UserError where there is none.
-    """
+    """Return how much ink there is in each pixel of a picture (H, W), from 0 to 1; all zeros if nothing stands out."""
     grey = grey * polarity(grey)
-    # The ground is what is left of a reduced copy after opening it by a window that no stroke fills.
-    step = max(1, max(grey.shape) // 40)
-    ground = F.avg_pool2d(grey[None, None], step, ceil_mode=True)
-    window = max(ground.shape) // 4 * 2 + 1
-    ground = dilate(-dilate(-ground[0, 0], window), window)
-    ink = grey - F.interpolate(ground[None, None], grey.shape, mode="bilinear")[0, 0]
-    ink = ink - ink.median()
-    noise = 1.5 * ink.abs().median()  # the standard deviation, if it is normal
+    side = max(grey.shape)
+    # The ground is what an opening leaves whose window no stroke can fill.
+    ground = ndimage.grey_opening(ndimage.uniform_filter(grey, max(1, side // 40)), size=(side // 2, side // 2))
+    ink = grey - ground
+    ink -= np.median(ink)
+    noise = 1.5 * np.median(np.abs(ink))  # the standard deviation, if it is normal
     while True:
-        smooth = slide(F.avg_pool2d, ink, 3)
+        smooth = ndimage.uniform_filter(ink, 3, mode="constant")
         level = smooth.max()
         if level < max(8, 4 * noise):
-            raise mnist.UserError("there is nothing to be seen on it")
-        strong = smooth > 0.4 * level
-        labels = strokes(strong)
-        border = torch.cat([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
+            return np.zeros_like(ink)
+        labels, count = ndimage.label(smooth > 0.4 * level, np.ones((3, 3)))
+        border = np.concatenate([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
         # No stroke runs along most of an edge of the picture, but a shadow or the edge of a table does.
-        edges = [part for part in border[border > 0].unique() if (border == part).sum() > 0.15 * len(border)]
-        edge = torch.isin(labels, torch.tensor(edges))
-        if not edges or not (strong & ~edge).any():
+        at_edge = np.bincount(border, minlength=count + 1) > 0.15 * len(border)
+        at_edge[0] = False
+        if not 0 < at_edge.sum() < count:
             break
-        ink = ink * (dilate(edge.float(), 5) == 0)
-    mass = torch.bincount(labels.flatten(), ink.clamp_min(0).flatten())
+        ink[ndimage.maximum_filter(at_edge[labels], 5)] = 0
+    mass = ndimage.sum_labels(ink.clip(0), labels, range(count + 1))
     mass[0] = 0
-    kept = mass[labels] > 0.05 * mass.max()  # the rest are specks
-    kept = dilate(kept.float(), max(grey.shape) // 64 * 2 + 3)
-    floor = torch.maximum(0.1 * level, 2 * noise)
-    return kept * ((ink - floor) / (level - floor)).clamp(0, 1)
+    kept = (mass > 0.05 * mass.max())[labels]  # the rest are specks
+    kept = ndimage.maximum_filter(kept, side // 64 * 2 + 3)
+    floor = max(0.1 * level, 2 * noise)
+    return kept * ((ink - floor) / (level - floor)).clip(0, 1)
 
 
 def prepare(image):
     """Bring a PIL image of one digit to MNIST's form: white on black, uint8 (28, 28).
 
     The digit fits a box of 20 x 20 pixels, and its centre of mass is the centre of the whole.
-    An image that is in this form already comes through unchanged. Raises UserError where there is no ink.
+    An image that is in this form already comes through unchanged. Raises UserError if there is no ink.
     """
-    grey = torch.from_numpy(np.array(to_grey(image), dtype=np.float32))
+    grey = np.array(to_grey(image), dtype=np.float32)
     if is_mnist(grey):
-        return grey.byte()
+        return torch.from_numpy(grey).byte()
     ink = find_ink(grey)
-    ink = ink[extent(ink)]
-    size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
-    ink = F.interpolate(ink[None, None], size, mode="bilinear", antialias=True)[0, 0]
-    top, left = (min(max(0, round(14 - mean)), 28 - side) for mean, side in zip(centre(ink), size, strict=True))
-    digit = torch.zeros(28, 28, dtype=torch.uint8)
-    digit[top : top + size[0], left : left + size[1]] = (ink * 255 / ink.max()).round().byte()
-    return digit
+    if not ink.any():
+        raise mnist.UserError("there is nothing to be seen on it")
+    ink = ink[bounding_box(ink)]
+    height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
+    ink = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.BILINEAR))
+    y, x = ndimage.center_of_mass(ink)
+    top, left = min(max(0, round(14 - y)), 28 - height), min(max(0, round(14 - x)), 28 - width)
+    digit = np.zeros((28, 28), dtype=np.uint8)
+    digit[top : top + height, left : left + width] = (ink * (255 / ink.max())).round()
+    return torch.from_numpy(digit)
 
 
 # --- Reading and answering -----------------------------------------------------------------------------------------
@@ -165,23 +130,23 @@ def prepare(image):
 def read_picture(name):
     """Return the picture in the file `name` ("-" is standard input) as a PIL image of at most 89 million pixels.
 
-    Raises UserError where there is no such picture: no file, no image, one cut short, too large, or an animation.
+    Raises UserError if there is no such picture: no file, no image, one cut short, too large, or an animation.
     """
     try:
         source = io.BytesIO(sys.stdin.buffer.read(MAX_BYTES)) if name == "-" else name
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow murmurs about a damaged file: an error says it in one line
+            warnings.simplefilter("ignore")  # Pillow's about a damaged file: an error says it in one line
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(source)
-            # A telephone's MPO holds the photograph first, then the same for other uses.
+            # A phone's MPO holds the photograph first, then copies of it for other uses.
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise mnist.UserError(f"it holds {image.n_frames} pictures: save one of them on its own")
-            image.draft("L", (SIDE, SIDE))  # spares decoding a JPEG at a size that is not wanted
+            image.draft("L", (SIDE, SIDE))  # saves decoding a JPEG at full size
             image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise mnist.UserError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
-        raise mnist.UserError("it is no image that Pillow can read") from error
+        raise mnist.UserError("not an image Pillow can read") from error
     except OSError as error:
         raise mnist.UserError(error.strerror or f"it is damaged: {error}") from error
     except (SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error) as error:
@@ -189,29 +154,16 @@ def read_picture(name):
     return image
 
 
-def find_weights(path=None):
-    """Return `path` if it is given, else mnist.pt of the current folder if there is one, else pretrained.pt."""
-    own = Path("mnist.pt")
-    return path or (own if own.exists() else Path(__file__).with_name("pretrained.pt"))
-
-
-@torch.inference_mode()
-def classify(model, images):
-    """Return the probabilities (N, 10) that the model gives to uint8 images (N, 28, 28) in MNIST's form."""
-    loader = mnist.Loader(images, torch.zeros(len(images)), mnist.TEST_BATCH)
-    return torch.cat([model(data).softmax(dim=1) for data, _ in map(loader.batch, loader)])
-
-
 def contact_sheet(rows):
-    """Return an image with a row for each (picture, what the network saw (28, 28), caption)."""
+    """Return an image with a row for each (picture, digit as the network saw it (28, 28), caption)."""
     side, gap = 224, 16
     sheet = Image.new("RGB", (2 * side + 3 * gap, gap + len(rows) * (side + 3 * gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for row, (picture, seen, caption) in enumerate(rows):
+    for row, (picture, digit, caption) in enumerate(rows):
         top = gap + row * (side + 3 * gap)
         sheet.paste(ImageOps.pad(picture, (side, side), color="lightgrey"), (gap, top))
-        seen = Image.fromarray(seen.numpy()).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(seen, (2 * gap + side, top))
+        digit = Image.fromarray(digit.numpy()).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(digit, (2 * gap + side, top))
         while draw.textlength(caption, font) > 2 * side + gap:
             caption = "…" + caption[2:]
         draw.text((gap, top + side + 4), caption, "black", font)
@@ -220,13 +172,15 @@ def contact_sheet(rows):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="predict.py", description="Read handwritten digits from pictures.")
-    parser.add_argument(
-        "pictures", nargs="+", metavar="PICTURE", help="an image file of one digit; - is standard input"
-    )
-    parser.add_argument("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
-    parser.add_argument("--json", action="store_true", help="print a JSON object a line, with the ten probabilities")
-    parser.add_argument("--show", action="store_true", help=f"write {SEEN}: each picture beside what the network saw")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("pictures", nargs="+", metavar="PICTURE", help="an image file of one digit; - is standard input")
+    add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
+    add("--json", action="store_true", help="print a line of JSON for each picture, with the ten probabilities")
+    add("--show", action="store_true", help=f"write {SHEET}: each picture beside what the network saw")
+    args = parser.parse_args(argv)
+    if args.show and SHEET.resolve() in [Path(name).resolve() for name in args.pictures]:
+        parser.error(f"argument --show: it would overwrite the picture {SHEET}: rename that first")
+    return args
 
 
 def main(argv=None):
@@ -235,7 +189,7 @@ def main(argv=None):
     Returns a dictionary for each: "picture", "digit" and "probabilities".
     """
     args = parse_args(argv)
-    weights = find_weights(args.model)
+    weights = mnist.find_weights(args.model)
     model, _ = mnist.load(weights)
     print(f"Using the weights in {weights}", file=sys.stderr)
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name can be any bytes
@@ -244,22 +198,19 @@ def main(argv=None):
     for name in args.pictures:
         try:
             image = read_picture(name)
-            seen = prepare(image)
+            digit = prepare(image)
         except mnist.UserError as error:
             print(f"predict.py: error: {name}: {error}", file=sys.stderr)
             continue
-        probabilities = classify(model, seen[None])[0]
+        probabilities = mnist.classify(model, digit[None])[0].softmax(dim=0)
         first, second = probabilities.argsort(descending=True)[:2].tolist()
         answer = f"{first} ({probabilities[first]:.1%}), else {second} ({probabilities[second]:.1%})"
         results.append({"picture": name, "digit": first, "probabilities": probabilities.tolist()})
         print(json.dumps(results[-1]) if args.json else f"{name}: {answer}")
         if args.show:
-            rows.append((to_grey(image).convert("L"), seen, f"{name}: {answer}"))
+            rows.append((to_grey(image).convert("L"), digit, f"{name}: {answer}"))
     if rows:
-        try:
-            contact_sheet(rows).save(SEEN)
-        except OSError as error:
-            raise mnist.UserError(f"cannot write {SEEN}: {error.strerror}") from error
+        contact_sheet(rows).save(SHEET)
     if len(results) < len(args.pictures):
         sys.exit(1)
     return results

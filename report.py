@@ -1,9 +1,9 @@
 """Draw what the trained network learned: the curve, the confusions, and every test digit it gets wrong.
 
 Usage:
-    python report.py                              # of mnist.pt, else pretrained.pt; the figure goes to report.png
-    python report.py --out report.pdf             # or .svg
-    python report.py --augmentation --out row.png # instead: what training does to a row of digits
+    python report.py                               # mnist.pt, else pretrained.pt; the figure goes to report.png
+    python report.py --out report.pdf              # or .svg
+    python report.py --augmentation --out row.png  # what training does to a row of digits, instead
 """
 
 import argparse
@@ -15,12 +15,11 @@ import matplotlib.pyplot as plt
 import torch
 
 import mnist
-import predict
 
 matplotlib.use("Agg")  # needs no display
 plt.rcParams.update({"font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left"})
 FORMATS = (".png", ".pdf", ".svg")
-SHOWN, COLUMNS = 300, 15  # mistakes at most, and in a row: with more, their captions touch
+MAX_MISTAKES, COLUMNS = 300, 15  # with more columns the captions would touch
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito's palette, safe for the colour-blind
 
 
@@ -63,14 +62,14 @@ def draw_confusion(ax, counts):
 def draw_accuracy(ax, counts):
     """Draw the accuracy on each digit, from the confusion matrix (10, 10); an absent digit has none."""
     accuracy = 100 * counts.diagonal() / counts.sum(dim=1)
-    left = math.floor(min(99, accuracy.nan_to_num(99).min().item() - 0.1))
-    ax.barh(range(10), (accuracy - left).nan_to_num(0).numpy(), left=left, color=BLUE)
+    axis_start = math.floor(min(99, accuracy.nan_to_num(99).min().item() - 0.1))
+    ax.barh(range(10), (accuracy - axis_start).nan_to_num(0).numpy(), left=axis_start, color=BLUE)
     for digit, value in enumerate(accuracy.tolist()):
         if not math.isnan(value):
             ax.text(value, digit, f" {value:.2f}", va="center", fontsize=10)
-    ax.set(title="Accuracy per digit", xlabel=f"% (the axis starts at {left})", yticks=range(10))
-    ax.set_xlim(left, 100 + 0.25 * (100 - left))
-    ax.set_xticks([left, (left + 100) / 2, 100])
+    ax.set(title="Accuracy per digit", xlabel=f"% (the axis starts at {axis_start})", yticks=range(10))
+    ax.set_xlim(axis_start, 100 + 0.25 * (100 - axis_start))
+    ax.set_xticks([axis_start, (axis_start + 100) / 2, 100])
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -87,12 +86,11 @@ def draw_mistakes(figure, images, captions):
 
 def draw_report(model, checkpoint, images, labels, name):
     """Return the figure: curve, confusion matrix and accuracy per digit above, the mistakes on the images below."""
-    probabilities = predict.classify(model, images)
-    sure, predicted = probabilities.max(dim=1)
+    confidence, predicted = mnist.classify(model, images).softmax(dim=1).max(dim=1)
     counts = torch.bincount(10 * labels + predicted, minlength=100).view(10, 10)
     wrong = (predicted != labels).nonzero().flatten()
-    wrong = wrong[sure[wrong].argsort(descending=True)]
-    shown = wrong[:SHOWN]
+    wrong = wrong[confidence[wrong].argsort(descending=True)]
+    shown = wrong[:MAX_MISTAKES]
 
     height = 0.5 + 1.32 * math.ceil(len(shown) / COLUMNS)
     figure = plt.figure(figsize=(16, 6.9 + height), layout="constrained", dpi=120)
@@ -110,24 +108,24 @@ def draw_report(model, checkpoint, images, labels, name):
     draw_accuracy(digits.subplots(), counts)
 
     title = {0: "No mistakes", 1: "The one mistake"}.get(len(wrong), f"All {len(wrong)} mistakes")
-    if len(wrong) > SHOWN:
-        title = f"The {SHOWN} surest of {len(wrong):,} mistakes ({len(wrong) - SHOWN:,} more are left out)"
+    if len(wrong) > MAX_MISTAKES:
+        title = f"{MAX_MISTAKES} of {len(wrong):,} mistakes ({len(wrong) - MAX_MISTAKES:,} more are left out)"
     if len(wrong):
-        title += ": true → predicted (probability), the surest first"
+        title += ": true → predicted (probability), the most confident first"
     below.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-    captions = [f"{labels[i]} → {predicted[i]} ({sure[i]:.0%})" for i in shown]
+    captions = [f"{labels[i]} → {predicted[i]} ({confidence[i]:.0%})" for i in shown]
     draw_mistakes(below, images[shown], captions)
     return figure
 
 
 def draw_augmentation(images, labels):
-    """Return a figure of the first image of each digit, and below it three of the forms in which training shows it."""
+    """Return a figure of the first image of each digit, and below it what training may show three times instead."""
     row = torch.stack([images[labels == digit][0] for digit in labels.unique()])
     torch.manual_seed(0)
-    forms = [mnist.augment(row[:, None] / 255)[:, 0] * 255 for _ in range(3)]
+    augmented = [mnist.augment(row) for _ in range(3)]
     figure = plt.figure(figsize=(10, 4), layout="constrained", dpi=100)
     axes = figure.subplots(4, len(row), squeeze=False)
-    for ax, image in zip(axes.flatten(), torch.cat([row, *forms]), strict=True):
+    for ax, image in zip(axes.flatten(), torch.cat([row, *augmented]), strict=True):
         ax.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=255)
         ax.set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("as it is")
@@ -139,7 +137,12 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="report.py", description="Draw what the trained network learned.")
     add = parser.add_argument
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
-    add("--data-dir", type=Path, default=mnist.default_data_dir(), help="as of mnist.py")
+    add(
+        "--data-dir",
+        type=Path,
+        default=mnist.default_data_dir(),
+        help="holds MNIST/raw (default: $MNIST_DATA or data/)",
+    )
     add("--out", type=Path, default="report.png", help=".png, .pdf or .svg (default: %(default)s)")
     add("--augmentation", action="store_true", help="draw what augmentation does to a row of digits instead")
     args = parser.parse_args(argv)
@@ -154,14 +157,11 @@ def main(argv=None):
     if args.augmentation:
         figure = draw_augmentation(*mnist.load_mnist(args.data_dir)[0])
     else:
-        model, checkpoint = mnist.load(weights := predict.find_weights(args.model))
+        model, checkpoint = mnist.load(weights := mnist.find_weights(args.model))
         print(f"Using the weights in {weights}")
         name = "validation" if checkpoint["settings"]["validate"] else "test"
         figure = draw_report(model, checkpoint, *mnist.load_mnist(args.data_dir)[1], name)
-    try:
-        figure.savefig(args.out, bbox_inches="tight", pad_inches=0.2)
-    except OSError as error:
-        raise mnist.UserError(f"cannot write {args.out}: {error.strerror}") from error
+    figure.savefig(args.out, bbox_inches="tight", pad_inches=0.2)
     plt.close(figure)
     print(f"Wrote {args.out}")
     return args.out

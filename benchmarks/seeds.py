@@ -1,11 +1,11 @@
-"""Train by many seeds, each in a process of its own, and say how accurate, how fast and how small that was.
+"""Train with many seeds, each in its own process, and report the accuracy, the time and the memory.
 
-Usage:
-    python benchmark.py --seeds 40 --out results.json      # the default recipe; run it again to continue
-    python benchmark.py --seeds 5 --baseline 1             # beside the original recipe, of which 1 epoch is timed
-    python benchmark.py --seeds 5 --validate --set LABEL_SMOOTHING=0
-    python benchmark.py --seeds 40 --shard 3/8 --out shard3.json
-    python benchmark.py --seeds 40 --join shard*.json      # one table; fails if a seed ends at or below 99.40 %
+Usage, in the folder of mnist.py:
+    python -m benchmarks.seeds --seeds 40 --out results.json      # the default recipe; run it again to continue
+    python -m benchmarks.seeds --seeds 5 --baseline 1             # beside the original recipe, one epoch of it
+    python -m benchmarks.seeds --seeds 5 --validate --set LABEL_SMOOTHING=0
+    python -m benchmarks.seeds --seeds 40 --shard 3/8 --out shard3.json
+    python -m benchmarks.seeds --seeds 40 --join shard*.json      # one table; fails if a seed ends at or below 99.40 %
 """
 
 import argparse
@@ -25,73 +25,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import mnist
+from benchmarks import original
 
-FOLDER = Path(__file__).resolve().parent
-FLOOR = 99.4  # %, that no seed may end at or below
-BASELINE_EPOCHS = 20
-
-
-# --- The original recipe -------------------------------------------------------------------------------------------
-
-
-class Original(mnist.Net):
-    """The network as it was published, with a ReLU on the logits."""
-
-    def forward(self, x):
-        return super().forward(x).relu()
-
-
-class Pictures(torch.utils.data.Dataset):
-    """MNIST as PIL images, each brought to a tensor by `transform` when it is asked for."""
-
-    def __init__(self, images, labels, transform):
-        self.images, self.labels, self.transform = images.numpy(), labels.tolist(), transform
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        from PIL import Image
-
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
-
-
-def baseline(epochs, seed, data_dir, path, size):
-    """Train by the original recipe on the CPU, on `size` images; write each epoch's accuracy in % and its seconds.
-
-    `path` then holds a list, as JSON, of a dictionary an epoch.
-    """
-    from torchvision import transforms
-
-    torch.manual_seed(seed)
-    to_tensor = [transforms.ToTensor(), transforms.Normalize((mnist.MEAN,), (mnist.STD,))]
-    moves = [transforms.RandomRotation(10), transforms.RandomAffine(0, translate=(0.1, 0.1))]
-    train_set, test_set = ([part[:size] for part in parts] for parts in mnist.load_mnist(data_dir))
-    train_set = Pictures(*train_set, transforms.Compose(moves + to_tensor))
-    test_set = Pictures(*test_set, transforms.Compose(to_tensor))
-    train_loader = torch.utils.data.DataLoader(train_set, batch_size=128, shuffle=True)
-    test_loader = torch.utils.data.DataLoader(test_set, batch_size=128)
-    model = Original()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    history = []
-    for _ in range(epochs):
-        start = time.perf_counter()
-        model.train()
-        for data, target in train_loader:
-            optimizer.zero_grad()
-            F.cross_entropy(model(data), target).backward()
-            optimizer.step()
-        model.eval()
-        with torch.inference_mode():
-            correct = sum((model(data).argmax(dim=1) == target).sum().item() for data, target in test_loader)
-        history.append({"accuracy": 100 * correct / len(test_set), "seconds": time.perf_counter() - start})
-    Path(path).write_text(json.dumps(history))
-
+ROOT = Path(mnist.__file__).resolve().parent
+TARGET = 99.4  # %: a seed that ends at or below it has failed
 
 # --- One process ---------------------------------------------------------------------------------------------------
 
@@ -109,7 +50,7 @@ def peak_memory(pid):
 
 
 def run_process(arguments):
-    """Run Python with `arguments` in this file's folder; return its seconds and its peak_memory().
+    """Run Python with `arguments` in the folder of mnist.py; return its seconds and its peak_memory().
 
     Raises UserError with the last line of its stderr if it fails.
     """
@@ -117,7 +58,7 @@ def run_process(arguments):
     with tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
         command = [sys.executable, *map(str, arguments)]
-        process = subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.DEVNULL, stderr=errors)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
         try:
             while process.poll() is None:
                 memory = peak_memory(process.pid) or memory
@@ -144,8 +85,8 @@ def matmul_speed(device, precision):
     return 2 * 2048**3 / min(seconds)
 
 
-def training_arithmetic():
-    """Return the floating-point operations of training on one image: forward, and twice that backward."""
+def training_flops():
+    """Return the floating-point operations of training on one image: those forward, and twice as many backward."""
     model = mnist.Net().eval()
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 1, 28, 28))
@@ -156,11 +97,11 @@ def training_arithmetic():
 
 
 def train_once(seed, args):
-    """Run mnist.py by one seed; return what is to be known of the run, as a dictionary for JSON."""
+    """Run mnist.py with one seed; return the figures of the run, as a dictionary for JSON."""
     program = ["mnist.py"]
     if args.set:
-        changes = "; ".join(f"mnist.{name} = {value}" for name, value in args.set.items())
-        program = ["-c", f"import benchmark, mnist, torch; {changes}; mnist.run(mnist.main)"]
+        overrides = "; ".join(f"mnist.{name} = {value}" for name, value in args.set.items())
+        program = ["-c", f"import mnist, torch; from benchmarks import original; {overrides}; mnist.run(mnist.main)"]
     speed = matmul_speed(args.device, args.precision)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "mnist.pt")
@@ -181,12 +122,11 @@ def train_once(seed, args):
 
 
 def train_baseline_once(seed, args):
-    """Run the original recipe by one seed; return a dictionary of it, with its seconds extrapolated to 20 epochs."""
+    """Run the original recipe with one seed; return its figures, with its seconds extrapolated to all its epochs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "history.json")
-        size = 128 if args.dry_run else mnist.TRAIN_SIZE
-        call = f"benchmark.baseline({args.baseline}, {seed}, {str(args.data_dir)!r}, {str(path)!r}, {size})"
-        seconds, memory = run_process(["-c", f"import benchmark; {call}"])
+        options = ["--epochs", args.baseline, "--seed", seed, "--data-dir", args.data_dir, "--out", path]
+        seconds, memory = run_process(["-m", "benchmarks.original", *options, *["--dry-run"] * args.dry_run])
         history = json.loads(path.read_text())
     epochs = [epoch["seconds"] for epoch in history]
     return {
@@ -194,7 +134,7 @@ def train_baseline_once(seed, args):
         "accuracy": history[-1]["accuracy"],
         "epoch_seconds": epochs,
         "process_seconds": seconds,
-        "extrapolated_seconds": seconds - sum(epochs) + BASELINE_EPOCHS * statistics.mean(epochs),
+        "extrapolated_seconds": seconds - sum(epochs) + original.EPOCHS * statistics.mean(epochs),
         "peak_memory_mb": memory,
     }
 
@@ -206,8 +146,8 @@ def cpu_name():
     return platform.processor() or platform.machine()
 
 
-def describe(args):
-    """Return everything that decides what a run of one seed gives: runs can be put in one file if it is the same."""
+def run_settings(args):
+    """Return all that decides the result of a run but its seed: runs belong in one file only if it is the same."""
     versions = {package: version(package) for package in ("torch", "torchvision")}
     gpu = {"gpu": torch.cuda.get_device_name()} if args.device.type == "cuda" else {}
     return {
@@ -224,27 +164,32 @@ def describe(args):
         "system": platform.system(),
         "python": platform.python_version(),
         **versions,
-        "mnist.py": hashlib.sha256((FOLDER / "mnist.py").read_bytes()).hexdigest()[:12],
+        "mnist.py": hashlib.sha256((ROOT / "mnist.py").read_bytes()).hexdigest()[:12],
     }
 
 
-def read(path):
-    """Return the benchmark that `path` holds. Raises UserError if it is none."""
+def load_results(path):
+    """Return the benchmark that `path` holds. Raises OSError if it cannot be read, UserError if it holds none."""
     try:
         benchmark = json.loads(path.read_text(encoding="utf-8"))
         benchmark["settings"], benchmark["runs"][0]["seed"]
-    except OSError as error:
-        raise mnist.UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, LookupError, TypeError) as error:
-        raise mnist.UserError(f"{path} is no result of benchmark.py") from error
+        raise mnist.UserError(f"{path} holds no results of benchmarks/seeds.py") from error
     return benchmark
+
+
+def save_results(benchmark, path):
+    """Bring the summary up to date and write all to `path`, if that is not None."""
+    benchmark["summary"] = summarize(benchmark)
+    if path:
+        mnist.write((json.dumps(benchmark, indent=1) + "\n").encode(), path)
 
 
 def summarize(benchmark):
     """Return the statistics of a benchmark's runs as a dictionary; times and memory are medians."""
     runs, settings = benchmark["runs"], benchmark["settings"]
     accuracies = [run["accuracy"] for run in runs]
-    low = [run["seed"] for run in runs if run["accuracy"] <= FLOOR]
+    low = [run["seed"] for run in runs if run["accuracy"] <= TARGET]
     summary = {
         "n": len(runs),
         "accuracy_mean": statistics.mean(accuracies),
@@ -256,16 +201,15 @@ def summarize(benchmark):
         values = [run[figure] for run in runs if run[figure] is not None]
         summary[figure] = statistics.median(values) if values else None
     if not settings["dry_run"]:
-        images = settings["epochs"] * (mnist.TRAIN_SIZE - mnist.HELD_OUT * settings["validate"])
-        arithmetic = images * training_arithmetic()
+        images = settings["epochs"] * (mnist.TRAIN_SIZE - mnist.VALIDATION_SIZE * settings["validate"])
+        arithmetic = images * training_flops()
         shares = [arithmetic / run["loop_seconds"] / run["matmul_flops"] for run in runs]
         summary["share_of_matmul_speed"] = statistics.median(shares)
-    pairs = [(run, run["baseline"]) for run in runs if "baseline" in run]
+    pairs = [(run["baseline"], run) for run in runs if "baseline" in run]
     if pairs:
-        totals = [original["extrapolated_seconds"] for _, original in pairs]
-        summary["baseline_seconds"] = statistics.median(totals)
-        summary["baseline_accuracy_mean"] = statistics.mean(original["accuracy"] for _, original in pairs)
-        ratios = [original["extrapolated_seconds"] / run["process_seconds"] for run, original in pairs]
+        summary["baseline_seconds"] = statistics.median(baseline["extrapolated_seconds"] for baseline, _ in pairs)
+        summary["baseline_accuracy_mean"] = statistics.mean(baseline["accuracy"] for baseline, _ in pairs)
+        ratios = [baseline["extrapolated_seconds"] / run["process_seconds"] for baseline, run in pairs]
         summary["times_faster"] = statistics.median(ratios)
     return summary
 
@@ -273,14 +217,14 @@ def summarize(benchmark):
 def print_summary(benchmark):
     """Print the summary of a benchmark as Markdown."""
     settings, summary = benchmark["settings"], benchmark["summary"]
-    changes = "".join(f", {name} = {value}" for name, value in settings["changes"].items())
+    overrides = "".join(f", {name} = {value}" for name, value in settings["changes"].items())
     where = settings.get("gpu", settings["cpu"])
     kind = "validation" if settings["validate"] else "test"
     std = "" if summary["accuracy_std"] is None else f" ± {summary['accuracy_std']:.3f}"
     memory = "" if summary["peak_memory_mb"] is None else f"{summary['peak_memory_mb']:.0f}"
     print(
-        f"{settings['epochs']} epochs{changes}, on {where} ({settings['threads']} threads, {settings['precision']}), "
-        f"torch {settings['torch']}; times and memory are medians:\n\n"
+        f"--epochs {settings['epochs']}{overrides}, on {where} (threads: {settings['threads']}; "
+        f"{settings['precision']}; torch {settings['torch']}); times and memory are medians:\n\n"
         f"| recipe | n | {kind} accuracy, mean ± std | min | at or below 99.40 % "
         "| training, s | process, s | peak memory, MB |\n"
         f"{'| --- ' * 8}|\n"
@@ -291,10 +235,10 @@ def print_summary(benchmark):
     if "times_faster" in summary:
         epochs = settings["baseline_epochs"]
         print(
-            f"| original, {epochs} of {BASELINE_EPOCHS} epochs | {sum('baseline' in run for run in benchmark['runs'])} "
+            f"| original, {epochs} of {original.EPOCHS} epochs | {sum('baseline' in run for run in benchmark['runs'])} "
             f"| {summary['baseline_accuracy_mean']:.3f} % | | | | {summary['baseline_seconds']:.0f} | |\n\n"
-            f"{summary['times_faster']:.1f} times faster than {BASELINE_EPOCHS} epochs of the original, the whole "
-            f"process, median of the pairs{' (extrapolated)' if epochs != BASELINE_EPOCHS else ''}."
+            f"{summary['times_faster']:.1f} times faster than {original.EPOCHS} epochs of the original, the whole "
+            f"process, median of the pairs{' (extrapolated)' if epochs != original.EPOCHS else ''}."
         )
     print()
     if benchmark["import_memory_mb"] and summary["peak_memory_mb"]:
@@ -308,30 +252,32 @@ def print_summary(benchmark):
 
 
 def parse_args(argv):
-    count = mnist.number(int, 1, math.inf, "a whole number above 0")
+    count = mnist.in_range(int, 1, math.inf, "a whole number above 0")
     parser = argparse.ArgumentParser(
-        prog="benchmark.py", description="Train by many seeds, and say how accurate, fast and small that was."
+        prog="seeds.py", description="Train with many seeds, and report the accuracy, the time and the memory."
     )
     add = parser.add_argument
-    add("--seeds", type=count, default=5, help="train by seeds 0 to N - 1 (default: %(default)s)", metavar="N")
-    add("--shard", type=shard, default=(1, 1), help="of the seeds, only the I-th of N parts", metavar="I/N")
+    add("--seeds", type=count, default=5, help="train with seeds 0 to N - 1 (default: %(default)s)", metavar="N")
+    add("--shard", type=shard_of, default=(1, 1), help="of the seeds, only the I-th of N parts", metavar="I/N")
     add("--epochs", type=count, default=mnist.EPOCHS, metavar="N", help="default: %(default)s")
-    add("--validate", action="store_true", help="train on 50,000 of the training images, score the other 10,000")
-    add("--set", type=change, action="append", default=[], metavar="NAME=VALUE", help="change something in mnist.py")
+    add("--validate", action="store_true", help="train on the first 50,000 training images, test on the other 10,000")
+    add(
+        "--set", type=override, action="append", default=[], metavar="NAME=VALUE", help="override something in mnist.py"
+    )
     add(
         "--baseline",
         type=count,
         nargs="?",
-        const=BASELINE_EPOCHS,
+        const=original.EPOCHS,
         default=0,
         metavar="EPOCHS",
-        help=f"after each run, also run the original recipe; fewer than its {BASELINE_EPOCHS} epochs are extrapolated",
+        help=f"after each run, also run the original recipe; fewer than its {original.EPOCHS} epochs are extrapolated",
     )
     add("--device", type=mnist.pick_device, default="auto", metavar="{auto,cpu,cuda,mps}", help="default: %(default)s")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where native")
-    add("--data-dir", type=Path, default=mnist.default_data_dir(), help="folder of MNIST/raw")
-    add("--dry-run", action="store_true", help="train and test on a single batch, to see that all works")
-    add("--out", type=Path, help="write here after every run; continue what is there already", metavar="PATH")
+    add("--data-dir", type=Path, default=mnist.default_data_dir(), help="holds MNIST/raw")
+    add("--dry-run", action="store_true", help="train and test on a single batch")
+    add("--out", type=mnist.writable, metavar="PATH", help="write here after every run; continue what it holds")
     add(
         "--join",
         type=Path,
@@ -340,11 +286,6 @@ def parse_args(argv):
         help="run nothing: join shards, and fail if one ended at or below 99.40 %%",
     )
     args = parser.parse_args(argv)
-    if args.out:
-        try:
-            mnist.write(b"", args.out, rehearsal=True)
-        except OSError as error:
-            parser.error(f"argument --out: cannot write {args.out}: {error.strerror}")
     args.set = dict(args.set)
     args.data_dir = args.data_dir.resolve()
     if args.precision == "auto":
@@ -352,30 +293,30 @@ def parse_args(argv):
     return args
 
 
-def shard(text):
+def shard_of(text):
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, such as 3/8")
     return int(found[1]), int(found[2])
 
 
-def change(text):
+def override(text):
     name, _, value = text.partition("=")
     if not hasattr(mnist, name):
         raise argparse.ArgumentTypeError(f"{text!r} names nothing in mnist.py, as LABEL_SMOOTHING=0 does")
     try:
         compile(value, "--set", "eval")
     except SyntaxError:
-        raise argparse.ArgumentTypeError(f"{text!r} gives {name} no value that Python can read") from None
+        raise argparse.ArgumentTypeError(f"{text!r} gives {name} a value that Python cannot read") from None
     return name, value
 
 
 def join(args):
     """Return one benchmark of those in `args.join`.
 
-    Raises UserError if a seed is missing or there twice, or if they are runs of different things.
+    Raises UserError if a seed is missing or there twice, or if their settings differ in more than the machine.
     """
-    parts = [read(path) for path in args.join]
+    parts = [load_results(path) for path in args.join]
     runs = sorted((run for part in parts for run in part["runs"]), key=lambda run: run["seed"])
     seeds = [run["seed"] for run in runs]
     if seeds != list(range(args.seeds)):
@@ -392,45 +333,35 @@ def join(args):
     return {**parts[0], "settings": settings, "parts": [part["command"] for part in parts], "runs": runs}
 
 
-def begin(args):
+def start(args):
     """Return the benchmark that `args.out` holds, or a new one without runs.
 
-    Raises UserError if what is there was run otherwise than `args` says.
+    Raises UserError if the runs there were made with other settings.
     """
-    settings = describe(args)
+    settings = run_settings(args)
     if args.out and args.out.exists():
-        benchmark = read(args.out)
+        benchmark = load_results(args.out)
         for name, value in settings.items():
             if (old := benchmark["settings"].get(name)) != value:
                 raise mnist.UserError(
-                    f"{args.out} holds runs with {name} = {old}, not {value}: name another file by --out"
+                    f"{args.out} holds runs with {name} = {old}, not {value}: name another file with --out"
                 )
         return benchmark
-    # The median of three, because it depends on which pages of the libraries the system has at hand.
+    # The median of three: it depends on which pages of the libraries the system has in memory.
     memories = [memory for _ in range(3) if (memory := run_process(["-c", "import torch, torchvision"])[1])]
     import_memory = statistics.median(memories) if memories else None
     return {"command": "", "settings": settings, "import_memory_mb": import_memory, "runs": []}
 
 
-def finish(benchmark, out):
-    """Bring the summary up to date and write all to `out`, if that is not None."""
-    benchmark["summary"] = summarize(benchmark)
-    if out:
-        try:
-            mnist.write((json.dumps(benchmark, indent=1) + "\n").encode(), out)
-        except OSError as error:
-            raise mnist.UserError(f"cannot write {out}: {error.strerror}") from error
-
-
 def main(argv=None):
     """Run the benchmark that `argv` asks for, print its table and return it."""
     args = parse_args(argv)
-    command = shlex.join(["python", "benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "-m", "benchmarks.seeds", *(sys.argv[1:] if argv is None else argv)])
     if args.join:
         benchmark = {**join(args), "command": command}
-        finish(benchmark, args.out)
+        save_results(benchmark, args.out)
     else:
-        benchmark = begin(args)
+        benchmark = start(args)
         benchmark["command"] = command
         index, parts = args.shard
         seeds = range(index - 1, args.seeds, parts)
@@ -442,12 +373,12 @@ def main(argv=None):
                     if args.baseline:
                         run["baseline"] = train_baseline_once(seed, args)
                     benchmark["runs"].append(run)
-                    finish(benchmark, args.out)
+                    save_results(benchmark, args.out)
                 mean = statistics.mean(run["accuracy"] for run in benchmark["runs"])
                 bar.set_postfix_str(f"mean {mean:.3f}%")
     print_summary(benchmark)
     if args.join and (low := benchmark["summary"]["seeds_at_or_below_99.40"]):
-        raise mnist.UserError(f"{len(low)} of {args.seeds} seeds ended at or below {FLOOR:.2f} %: {low}")
+        raise mnist.UserError(f"{len(low)} of {args.seeds} seeds ended at or below {TARGET:.2f} %: {low}")
     return benchmark
 
 

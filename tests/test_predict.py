@@ -1,8 +1,7 @@
-"""Tests of predict.py, report.py and robustness.py, on pictures and weights made here."""
+"""predict.py: pictures brought to MNIST's form, and what it answers."""
 
 import io
 import json
-import os
 import subprocess
 import sys
 import zlib
@@ -12,34 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from scipy import ndimage
 
 import mnist
 import predict
-import report
-import robustness
-from test_model import digits, small_mnist  # noqa: F401 (a fixture)
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    """Return what main() would save, of a network that has learned nothing."""
-    torch.manual_seed(0)
-    model = mnist.Net()
-    epoch = {"train_loss": 0.9, "train_accuracy": 90.0, "test_loss": 0.5, "test_accuracy": 98.0}
-    history = [{"epoch": number, **epoch} for number in (1, 2)]
-    return {"state_dict": model.state_dict(), "history": history, "settings": {"validate": False}}
-
-
-@pytest.fixture
-def folder(checkpoint, tmp_path, monkeypatch):
-    """Work in a folder that holds such weights in mnist.pt."""
-    monkeypatch.chdir(tmp_path)
-    torch.save(checkpoint, "mnist.pt")
-    return tmp_path
 
 
 def seven(size=100, left=30, top=20):
-    """Return a 7 in dark ink on light paper, its box 25 x 40 pixels, as an array (size, size)."""
+    """Return a 7 in dark ink on light paper, 25 x 40 pixels, as an array (size, size)."""
     pixels = np.full((size, size), 230, dtype=np.uint8)
     pixels[top : top + 6, left : left + 25] = 30
     pixels[top : top + 40, left + 19 : left + 25] = 30
@@ -58,18 +37,18 @@ def difference(one, other):
 # --- MNIST's form --------------------------------------------------------------------------------------------------
 
 
-def test_a_digit_fits_the_box_and_is_centred_by_mass():
+def test_digit_fits_and_is_centred():
     digit = prepared(seven())
-    rows, columns = predict.extent(digit)
+    rows, columns = predict.bounding_box(digit.numpy())
     assert rows.stop - rows.start == 20
     assert columns.stop - columns.start == pytest.approx(20 * 25 / 40, abs=1)
-    assert all(abs(mean - 14) <= 0.6 for mean in predict.centre(digit.float()))
+    assert ndimage.center_of_mass(digit.numpy()) == pytest.approx((14, 14), abs=0.6)
     assert digit[0, 0] == 0
     assert digit.max() == 255
     assert 0 < ((digit > 0) & (digit < 255)).sum() < 200  # anti-aliased
 
 
-def test_an_image_in_mnists_form_is_unchanged():
+def test_mnists_form_is_unchanged():
     digit = prepared(seven())
     assert torch.equal(prepared(digit.numpy()), digit)
     assert torch.equal(prepared(np.stack([digit.numpy()] * 3, axis=-1)), digit)
@@ -77,26 +56,15 @@ def test_an_image_in_mnists_form_is_unchanged():
 
 
 @pytest.mark.parametrize("spoil", [lambda d: 255 - d, lambda d: np.roll(d, 3, axis=1), lambda d: d // 2 + 20])
-def test_another_thumbnail_of_28_x_28_is_brought_to_the_form(spoil):
+def test_other_28_x_28_is_brought_to_form(spoil):
     digit = prepared(seven())
     again = prepared(spoil(digit.numpy()))
     assert not torch.equal(again, torch.from_numpy(spoil(digit.numpy())))
     assert difference(again, digit) < 0.03
 
 
-@pytest.fixture(scope="module")
-def real_test_set():
-    """Return the real test set; where it cannot be had fail if CI is set, and skip elsewhere."""
-    try:
-        return mnist.load_mnist(mnist.default_data_dir())[1]
-    except mnist.UserError as error:
-        if "CI" in os.environ:
-            raise
-        pytest.skip(str(error))
-
-
-def test_every_test_digit_of_mnist_is_unchanged(real_test_set):
-    images, _ = real_test_set
+def test_mnist_is_unchanged():
+    _, (images, _) = mnist.load_mnist(mnist.default_data_dir())
     assert all(torch.equal(prepared(image.numpy()), image) for image in images)
 
 
@@ -128,11 +96,11 @@ def noisy(pixels):
 
 
 @pytest.mark.parametrize("spoil", [lit, shadowed, on_a_table, speckled, noisy, lambda pixels: 255 - pixels])
-def test_light_shadow_table_specks_noise_and_boards_make_no_difference(spoil):
+def test_surroundings_make_no_difference(spoil):
     assert difference(prepared(spoil(seven())), prepared(seven())) < 0.03
 
 
-def test_scale_and_place_make_no_difference():
+def test_scale_and_place_do_not_matter():
     large = np.kron(seven(), np.ones((9, 9), dtype=np.uint8))
     assert difference(prepared(large), prepared(seven())) < 0.02
     assert difference(prepared(seven(size=150, left=100, top=90)), prepared(seven())) < 0.02
@@ -151,7 +119,7 @@ def transparent(image):
     return ink
 
 
-def sideways(image):
+def on_its_side(image):
     exif = Image.Exif()
     exif[0x0112] = 6
     return stored(image.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
@@ -167,10 +135,10 @@ def sideways(image):
         lambda image: stored(Image.fromarray(np.asarray(image).astype(np.uint16) * 257)),
         lambda image: stored(transparent(image)),
         lambda image: stored(transparent(image).convert("LA")),
-        sideways,
+        on_its_side,
     ],
 )
-def test_every_mode_gives_the_same_digit(convert):
+def test_every_mode_gives_one_digit(convert):
     image = Image.fromarray(seven())
     assert difference(predict.prepare(convert(image)), predict.prepare(image)) < 0.03
 
@@ -179,7 +147,7 @@ def test_every_mode_gives_the_same_digit(convert):
 
 
 def bomb():
-    """Return a PNG file's bytes that say that it holds 100,000 x 100,000 pixels."""
+    """Return the bytes of a PNG file that claims to hold 100,000 x 100,000 pixels."""
     header = b"IHDR" + (100_000).to_bytes(4, "big") * 2 + b"\x08\0\0\0\0"
     chunks = [(13).to_bytes(4, "big"), header, zlib.crc32(header).to_bytes(4, "big")]
     return (
@@ -207,17 +175,18 @@ def png(pixels):
     ("content", "reason"),
     [
         (None, "No such file"),
-        (b"", "no image"),
-        (b"Dear diary", "no image"),
+        (b"", "not an image"),
+        (b"Dear diary", "not an image"),
         (png(noisy(seven()))[:2000], "damaged"),
         (bomb(), "pixels"),
         (animation(), "2 pictures"),
         (png(np.full((50, 50), 255, dtype=np.uint8)), "nothing to be seen"),
         (png(noisy(np.full((200, 200), 128, dtype=np.uint8))), "nothing to be seen"),
         (png(np.zeros((1, 1), dtype=np.uint8)), "nothing to be seen"),
+        (png(np.array([[255, 0, 255], [0, 0, 0], [255, 0, 0]], dtype=np.uint8)), "nothing to be seen"),
     ],
 )
-def test_a_picture_that_cannot_be_read_is_named_and_the_others_are_answered(content, reason, folder, capsys):
+def test_unreadable_picture_is_named(content, reason, folder, capsys):
     if content is not None:
         Path("bad.png").write_bytes(content)
     Path("good.png").write_bytes(png(seven()))
@@ -232,7 +201,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_others_are_answered(cont
     assert reason in line
 
 
-def test_json_holds_the_ten_probabilities(folder, capsys):
+def test_json_holds_ten_probabilities(folder, capsys):
     Path("a.png").write_bytes(png(seven()))
     (result,) = predict.main(["--json", "a.png"])
     out, err = capsys.readouterr()
@@ -244,7 +213,7 @@ def test_json_holds_the_ten_probabilities(folder, capsys):
     assert err == "Using the weights in mnist.pt\n"
 
 
-def test_show_puts_the_picture_beside_what_the_network_saw(folder):
+def test_show_writes_a_contact_sheet(folder):
     Path("a.png").write_bytes(png(seven()))
     predict.main(["--show", "a.png", "a.png"])
     with Image.open("seen.png") as sheet:
@@ -254,99 +223,34 @@ def test_show_puts_the_picture_beside_what_the_network_saw(folder):
     assert (pixels[:row, pixels.shape[1] // 2 :] == 0).mean() > 0.3  # the black ground of MNIST
 
 
-def test_weights_are_ones_own_if_there_are_any_else_those_that_came_with_it(folder):
-    assert predict.find_weights() == Path("mnist.pt")
-    assert predict.find_weights(Path("x.pt")) == Path("x.pt")
-    Path("mnist.pt").unlink()
-    assert predict.find_weights() == Path(predict.__file__).with_name("pretrained.pt")
+def test_show_spares_a_picture_of_its_name(folder, capsys):
+    Path("seen.png").write_bytes(png(seven()))
+    with pytest.raises(SystemExit) as stop:
+        predict.main(["--show", "./seen.png"])
+    assert stop.value.code == 2
+    assert "it would overwrite the picture seen.png" in capsys.readouterr().err
+    assert Path("seen.png").read_bytes() == png(seven())
 
 
-def test_the_pretrained_weights_exceed_99_4_percent(real_test_set):
-    model, checkpoint = mnist.load(Path(predict.__file__).with_name("pretrained.pt"))
-    images, labels = real_test_set
-    correct = (predict.classify(model, images).argmax(dim=1) == labels).sum().item()
-    assert correct > 9940
-    assert checkpoint["settings"]["seed"] == 0
-    assert checkpoint["settings"]["epochs"] == mnist.EPOCHS
-    assert 100 * correct / len(labels) == pytest.approx(checkpoint["test_accuracy"], abs=0.02)
-
-
-def test_a_picture_comes_through_standard_input(folder):
+def test_standard_input(folder):
     command = [sys.executable, predict.__file__, "-"]
     done = subprocess.run(command, input=png(seven()), capture_output=True, check=True)
     assert done.stdout.startswith(b"-: ")
 
 
-@pytest.mark.parametrize("script", [predict, report, robustness])
-def test_help(script, capsys):
+def test_missing_weights_are_named(folder):
+    with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
+        predict.main(["--model", "absent.pt", "a.png"])
+
+
+def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
-        script.main(["--help"])
+        predict.main(["--help"])
     assert stop.value.code == 0
     assert "--model" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["predict"], ["report", "--out", "report.gif"], ["robustness", "--images", "0"]])
-def test_wrong_usage_is_status_2(arguments):
+def test_no_picture_is_wrong_usage():
     with pytest.raises(SystemExit) as stop:
-        {"predict": predict, "report": report, "robustness": robustness}[arguments[0]].main(arguments[1:])
+        predict.main([])
     assert stop.value.code == 2
-
-
-# --- report.py and robustness.py -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", ["report.png", "report.PDF", "report.svg"])
-def test_the_report_is_written_in_the_format_of_its_name(path, small_mnist, folder, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(report, "SHOWN", 5)
-    assert report.main(["--data-dir", small_mnist, "--out", path]) == Path(path)
-    start = Path(path).read_bytes()[:5]
-    assert start.startswith({"png": b"\x89PNG", "PDF": b"%PDF", "svg": b"<?xml"}[path[-3:]])
-
-
-@pytest.mark.parametrize(("wrong", "said"), [(0, "No mistakes"), (1, "The one mistake"), (310, "10 more are left out")])
-def test_the_report_shows_the_mistakes_that_there_are(wrong, said, checkpoint, monkeypatch):
-    labels = torch.arange(400) % 10
-    probabilities = torch.full((400, 10), 0.05)
-    predicted = torch.where(torch.arange(400) < wrong, (labels + 1) % 10, labels)
-    probabilities[torch.arange(400), predicted] = torch.linspace(0.5, 0.6, 400)
-    monkeypatch.setattr(predict, "classify", lambda model, images: probabilities)
-    figure = report.draw_report(mnist.Net(), checkpoint, digits(400)[0], labels, "test")
-    below = figure.subfigs[1]
-    assert said in below.get_suptitle()
-    captions = [ax.get_title() for ax in below.axes if ax.get_title()]
-    assert len(captions) == min(wrong, 300)
-    shares = [int(caption.split("(")[1].rstrip("%)")) for caption in captions]
-    assert shares == sorted(shares, reverse=True)
-    assert all(int(caption[4]) == (int(caption[0]) + 1) % 10 for caption in captions)
-    report.plt.close(figure)
-
-
-def test_the_augmentation_is_drawn(small_mnist, folder):  # noqa: F811
-    report.main(["--augmentation", "--data-dir", small_mnist, "--out", "row.png"])
-    with Image.open("row.png") as image:
-        assert image.width > 900
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments"),
-    [
-        (predict, ["--model", "absent.pt", "a.png"]),
-        (report, ["--model", "absent.pt"]),
-        (robustness, ["--model", "absent.pt"]),
-        (report, ["--out", "no/folder/report.png"]),
-        (robustness, ["--images", "1", "--out", "no/folder/results.json"]),
-    ],
-)
-def test_a_file_that_cannot_be_read_or_written_is_named(script, arguments, small_mnist, folder, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("MNIST_DATA", small_mnist)
-    monkeypatch.setattr(report, "SHOWN", 5)
-    with pytest.raises(mnist.UserError, match=r"absent\.pt|no/folder"):
-        script.main(arguments)
-
-
-def test_robustness_prints_a_row_for_each_kind_of_picture(small_mnist, folder, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setenv("MNIST_DATA", small_mnist)
-    results = robustness.main(["--images", "2", "--out", "results.json"])
-    assert json.loads(Path("results.json").read_text()) == results
-    assert list(results) == list(robustness.PICTURES)
-    assert capsys.readouterr().out.count(" % |") == 2 * len(results)

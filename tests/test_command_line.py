@@ -1,0 +1,293 @@
+"""The command line of mnist.py: its options, its output, its exit; and that the README's commands are true."""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mnist
+
+ROOT = Path(mnist.__file__).parent
+posix = pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
+
+# --- Options -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--epochs", "0"),
+        ("--epochs", "2.5"),
+        ("--batch-size", "-64"),
+        ("--batch-size", "60001"),
+        ("--lr", "0"),
+        ("--lr", "nan"),
+        ("--lr", "inf"),
+        ("--seed", "-1"),
+        ("--seed", str(2**63)),
+        ("--device", "tpu"),
+        ("--precision", "float8"),
+    ],
+)
+def test_bad_value_is_refused(option, value, assert_refused):
+    assert_refused(mnist.main, option, value)
+
+
+def test_refusal_says_what_is_expected(capsys):
+    with pytest.raises(SystemExit):
+        mnist.main(["--epochs", "two"])
+    assert "argument --epochs: 'two' is not a whole number above 0" in capsys.readouterr().err
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    option=st.sampled_from(["--epochs", "--batch-size", "--lr", "--seed", "--device", "--precision"]),
+    value=st.one_of(st.text(max_size=8), st.integers().map(str), st.floats().map(str)),
+)
+def test_any_value_is_taken_or_refused(option, value):
+    err, status = io.StringIO(), 0
+    try:
+        with contextlib.redirect_stderr(err):
+            args = mnist.parse_args(["--dry-run", f"{option}={value}"])
+    except SystemExit as stop:
+        status = stop.code
+    if status:
+        assert status == 2
+        assert f"argument {option}" in err.getvalue()
+    else:
+        assert args.epochs >= 1
+        assert 1 <= args.batch_size <= 60_000
+        assert 0 < args.lr < float("inf")
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_missing_device_is_an_error(device, capsys):
+    if getattr(torch, device).is_available():
+        pytest.skip(f"there is {device} here")
+    with pytest.raises(SystemExit) as stop:
+        mnist.main(["--dry-run", "--device", device])
+    assert stop.value.code == 2
+    assert f"{device!r} is not available" in capsys.readouterr().err
+
+
+def test_device_that_refuses_to_work(monkeypatch, capsys):
+    zeros = torch.zeros
+
+    def refuse(*args, device):
+        if device == "mps":
+            raise RuntimeError("MPS backend out of memory\nand more")
+        return zeros(*args, device=device)
+
+    monkeypatch.setattr(torch, "zeros", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert mnist.pick_device("auto").type == "cpu"
+    assert capsys.readouterr().err == "warning: 'mps' does not work here (MPS backend out of memory): it is not used\n"
+    with pytest.raises(argparse.ArgumentTypeError, match=r"\(MPS backend out of memory\): use cpu, or auto"):
+        mnist.pick_device("mps")
+
+
+def test_emulated_bfloat16_is_warned_of(small_mnist, monkeypatch, capsys):
+    for native in (False, True):
+        monkeypatch.setattr(mnist, "has_bfloat16", lambda device, native=native: native)
+        mnist.main(["--dry-run", "--precision", "bfloat16", "--data-dir", small_mnist])
+        assert ("slow" in capsys.readouterr().err) != native
+
+
+def test_data_dir_has_two_defaults(monkeypatch):
+    monkeypatch.delenv("MNIST_DATA", raising=False)
+    assert mnist.parse_args(["--dry-run"]).data_dir == ROOT / "data"
+    monkeypatch.setenv("MNIST_DATA", "elsewhere")
+    assert mnist.parse_args(["--dry-run"]).data_dir == Path("elsewhere")
+    assert mnist.parse_args(["--dry-run", "--data-dir", "here"]).data_dir == Path("here")
+
+
+def test_validation_is_the_last_10_000(small_mnist, digits, monkeypatch, capsys):
+    sets = []
+    monkeypatch.setattr(mnist, "fit", lambda model, *args: sets.extend(args[:2]) or [{"test_accuracy": 0.0}])
+    mnist.main(["--validate", "--data-dir", small_mnist])
+    images, labels = digits(500)
+    for (set_images, set_labels), part in zip(sets, (slice(400), slice(400, 500)), strict=True):
+        assert torch.equal(set_images, images[part])
+        assert torch.equal(set_labels, labels[part])
+    assert "validation accuracy" in capsys.readouterr().out
+
+
+def test_main_returns_and_saves_results(small_mnist):
+    results = mnist.main(["--epochs", "2", "--seed", "3", "--data-dir", small_mnist])
+    checkpoint = torch.load("mnist.pt", weights_only=True)  # the default
+    mnist.Net().load_state_dict(checkpoint.pop("state_dict"))
+    assert checkpoint == results
+    assert results["parameters"] == 18_242
+    assert [epoch["epoch"] for epoch in results["history"]] == [1, 2]
+    settings = {"epochs": 2, "batch_size": 64, "lr": 0.03, "seed": 3, "validate": False, "dry_run": False}
+    assert settings.items() <= results["settings"].items()
+    assert small_mnist not in str(results)  # no paths of this machine
+
+
+def test_dry_run_saves_only_if_told_to(small_mnist):
+    mnist.main(["--dry-run", "--data-dir", small_mnist])
+    assert not Path("mnist.pt").exists()
+    mnist.main(["--dry-run", "--data-dir", small_mnist, "--save-model", "dry.pt"])
+    model, checkpoint = mnist.load("dry.pt")
+    assert not model.training
+    assert checkpoint["settings"]["dry_run"]
+
+
+# --- Output --------------------------------------------------------------------------------------------------------
+
+
+def test_output_is_the_documented_log(small_mnist, capsys):
+    options = ["--epochs", "1", "--batch-size", "100", "--device", "cpu", "--precision", "float32"]
+    mnist.main(["--data-dir", small_mnist, *options])
+    out, err = capsys.readouterr()
+    expected = """\
+Total Parameters: 18242
+Training on cpu, N threads?, float32: 1 x 5 batches of 100
+Test set: Average loss: N, Accuracy: N/100 (N%)
+Epoch 1: Train Accuracy: N%, Test Accuracy: N%
+Final test accuracy N% with 18,242 parameters after epoch 1, in N s
+Saved the weights to mnist.pt
+"""
+    pattern = re.escape(expected).replace("N", r"\d+(\.\d+)?").replace(r"\?", "?")
+    assert re.fullmatch(pattern, out)
+    assert err == ""  # no fragments of a progress bar without a terminal
+
+
+def test_summary_trains_nothing(capsys):
+    assert mnist.main(["--summary"]) is None
+    assert "Linear-20" in capsys.readouterr().out
+
+
+def test_help_names_every_option():
+    done = subprocess.run([sys.executable, mnist.__file__, "--help"], capture_output=True, text=True, check=True)
+    for option in ("--epochs", "--batch-size", "--lr", "--seed", "--device", "--data-dir", "--save-model", "--dry-run"):
+        assert option in done.stdout
+    assert done.stderr == ""
+
+
+@posix
+def test_piped_log_grows(start):
+    process = start("--dry-run", setup="mnist.fit = lambda *args: sys.stdin.read()", stdin=subprocess.PIPE)
+    ready, _, _ = select.select([process.stdout], [], [], 60)
+    assert ready  # though the training waits for its input to end
+    assert process.stdout.readline() == "Total Parameters: 18242\n"
+
+
+@posix
+def test_narrow_ascii_terminal(start):
+    import fcntl
+    import termios
+
+    main_end, terminal = os.openpty()
+    rows, columns = 24, 40
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    env = {"NO_COLOR": "1", "LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict", "TERM": "dumb"}
+    process = start("--epochs", "2", "--batch-size", "10", stdout=terminal, stderr=terminal, env=env)
+    os.close(terminal)
+    output = b""
+    with contextlib.suppress(OSError):  # the terminal is gone when the process is
+        while chunk := os.read(main_end, 4096):
+            output += chunk
+    os.close(main_end)
+    assert process.wait() == 0
+    text = output.decode("ascii")
+    assert "\x1b[3" not in text
+    bars = [line for line in re.split(r"[\r\n]+", text) if "%|" in line]
+    assert bars
+    assert all(len(bar) <= columns for bar in bars)
+
+
+# --- Exit ----------------------------------------------------------------------------------------------------------
+
+
+def train_for_long(start):
+    """Start a training that would take hours; return its process after the first epoch."""
+    process = start("--epochs", "1000000")
+    for line in process.stdout:
+        if line.startswith("Epoch"):
+            return process
+    raise AssertionError(process.stderr.read())
+
+
+@posix
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_training(sent, status, start, tmp_path):
+    (tmp_path / "mnist.pt").write_bytes(b"an earlier run")
+    process = train_for_long(start)
+    process.send_signal(sent)
+    _, err = process.communicate()
+    assert process.returncode == status
+    assert err == f"mnist.py: stopped by {sent.name}\n"
+    assert (tmp_path / "mnist.pt").read_bytes() == b"an earlier run"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "mnist.pt"]
+
+
+@posix
+def test_closed_pipe_ends_quietly(start):
+    process = train_for_long(start)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("mnist.UserError('put it right')", "mnist.py: error: put it right\n"),
+        ("FileNotFoundError(2, 'No such file', 'a.pt')", "mnist.py: error: a.pt: No such file\n"),
+    ],
+)
+def test_error_is_one_line(error, message, start):
+    process = start(setup=f"def main(): raise {error}\nmnist.main = main")
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert err == message
+
+
+@pytest.mark.parametrize("error", ["ValueError('a bug')", "OSError(5, 'no file to name')"])
+def test_unexpected_error_keeps_its_traceback(error, start):
+    process = start(setup=f"def main(): raise {error}\nmnist.main = main")
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert "Traceback" in err
+
+
+# --- What the project says of itself -------------------------------------------------------------------------------
+
+
+def test_script_metadata_match_requirements():
+    block = re.search(r"(?m)^# /// script\n((?:^#.*\n)+?)^# ///\n", Path(mnist.__file__).read_text(encoding="utf-8"))
+    metadata = tomllib.loads("".join(line[2:] for line in block[1].splitlines(keepends=True)))
+    requirements = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert set(metadata["dependencies"]) <= set(requirements)
+    assert {re.split("[>=]", name)[0] for name in metadata["dependencies"]} >= {"torch", "torchvision", "tqdm"}
+    assert f"Python {metadata['requires-python'].strip('>=')}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    commands = re.findall(r"^(python3 -m venv .*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [command.split("/")[-1] for command in commands] == ["python mnist.py", "pytest"]
+    assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "tests/README.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not link.startswith(("http", "../../actions"))]
+    assert links
+    for link in links:
+        assert (ROOT / page).parent.joinpath(link).exists(), link

@@ -1,0 +1,348 @@
+"""The data: files and their faults, downloads, batches, augmentation."""
+
+import contextlib
+import http.server
+import re
+import signal
+import struct
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torchvision.datasets import MNIST
+
+import mnist
+
+ARCHIVES = [f"{name}.gz" for name in mnist.FILES]
+posix = pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
+
+# --- Files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def assert_loads(digits, small_mnist):
+    """A function that asserts that the small data set is loaded as it should be."""
+
+    def check():
+        for (images, labels), n in zip(mnist.load_mnist(small_mnist), (500, 100), strict=True):
+            expected_images, expected_labels = digits(n)
+            assert images.dtype == torch.uint8
+            assert torch.equal(images, expected_images)
+            assert labels.dtype == torch.int64
+            assert torch.equal(labels, expected_labels)
+
+    return check
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # the port "discard": nothing listens
+
+
+def test_archives_alone_are_enough(assert_loads, offline):
+    assert_loads()
+
+
+def test_raw_files_alone_are_enough(raw, assert_loads, offline):
+    for name in mnist.FILES:
+        (raw / name).write_bytes(mnist.read_file(raw, name))
+        (raw / f"{name}.gz").unlink()
+    assert_loads()
+
+
+@posix
+def test_read_only_folder_works(start, raw, read_only, unprivileged):
+    name = next(iter(mnist.FILES))
+    (raw / name).write_bytes(mnist.read_file(raw, name))  # one file raw, the others as .gz alone
+    read_only(*raw.iterdir(), raw, raw.parent, raw.parent.parent)
+    process = start("--dry-run", preexec_fn=unprivileged)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert err == ""
+
+
+FAULTY_RAW_FILES = {
+    "cut short": lambda content: content[:-1000],
+    "empty": lambda content: b"",
+    "another magic number": lambda content: b"\0\0\x08\x02" + content[4:],
+    "wrong count": lambda content: content[:4] + struct.pack(">I", 501) + content[8:],
+    "a label above 9": lambda content: content[:-1] + b"\x0a",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY_RAW_FILES)
+def test_faulty_raw_file(fault, raw, small_mnist, assert_loads, offline, capsys):
+    name = "train-labels-idx1-ubyte"
+    (raw / name).write_bytes(FAULTY_RAW_FILES[fault](mnist.read_file(raw, name)))
+    assert_loads()  # from the archive
+    assert f"{raw / name} is damaged" in capsys.readouterr().err
+
+    (raw / f"{name}.gz").unlink()
+    with pytest.raises(mnist.UserError, match=f"{name}.gz"):
+        mnist.load_mnist(small_mnist)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_anywhere(data, raw, assert_loads, offline):
+    name = data.draw(st.sampled_from(sorted(mnist.FILES)))
+    path = raw / data.draw(st.sampled_from([name, f"{name}.gz"]))
+    archive = (raw / f"{name}.gz").read_bytes()
+    content = archive if path.suffix else mnist.read_file(raw, name)
+    at = data.draw(st.integers(0, len(content) - 1))
+    damaged = data.draw(
+        st.sampled_from(
+            [
+                content[:at],
+                content[:at] + content[at + 1 :],
+                content[:at] + b"\x07" + content[at:],
+                content[:at] + bytes([content[at] ^ 1 << data.draw(st.integers(0, 7))]) + content[at + 1 :],
+            ]
+        )
+    )
+    try:
+        (raw / f"{name}.gz").unlink()
+        path.write_bytes(damaged)
+        with contextlib.suppress(mnist.UserError):  # refused, or harmless
+            assert_loads()
+    finally:
+        path.unlink()
+        (raw / f"{name}.gz").write_bytes(archive)
+
+
+# --- Downloads -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def mirror(answer):
+    """Serve HTTP on the loopback: answer(handler, file name) replies to each GET. Yields the mirror's URL."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            with contextlib.suppress(ConnectionError):
+                answer(self, self.path.rpartition("/")[2])
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def send(handler, body, length=None, pause=0):
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(length or len(body)))
+    handler.end_headers()
+    handler.wfile.write(body[: len(body) // 2])
+    time.sleep(pause)
+    handler.wfile.write(body[len(body) // 2 :])
+
+
+def good(archives):
+    return lambda handler, name: send(handler, archives[name])
+
+
+FAULTY_MIRRORS = {
+    "403": lambda archives: lambda handler, name: handler.send_error(403),
+    "404": lambda archives: lambda handler, name: handler.send_error(404),
+    "503": lambda archives: lambda handler, name: handler.send_error(503),
+    "stops half-way": lambda archives: (
+        lambda handler, name: send(handler, archives[name][: len(archives[name]) // 2], len(archives[name]))
+    ),
+    "other bytes": lambda archives: lambda handler, name: send(handler, b"<html>Please log in</html>"),
+    "another archive": lambda archives: (
+        lambda handler, name: send(handler, archives[ARCHIVES[ARCHIVES.index(name) - 1]])
+    ),
+}
+
+
+@pytest.fixture
+def archives(raw):
+    """The archives of the small data set by name, no longer in its folder."""
+    contents = {path.name: path.read_bytes() for path in raw.iterdir()}
+    for name in contents:
+        (raw / name).unlink()
+    return contents
+
+
+def test_no_files_and_no_network(tmp_path, offline):
+    with pytest.raises(mnist.UserError) as error:
+        mnist.load_mnist(tmp_path / "nowhere")
+    for part in (str(tmp_path / "nowhere" / "MNIST" / "raw"), "--data-dir", "MNIST_DATA", *ARCHIVES):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fault", FAULTY_MIRRORS)
+def test_next_mirror_is_tried(fault, archives, raw, assert_loads, monkeypatch):
+    with mirror(FAULTY_MIRRORS[fault](archives)) as first, mirror(good(archives)) as second:
+        monkeypatch.setattr(MNIST, "mirrors", [first, second])
+        assert_loads()
+    assert {path.name: path.read_bytes() for path in raw.iterdir()} == archives
+
+
+@pytest.mark.parametrize("fault", FAULTY_MIRRORS)
+def test_no_good_mirror(fault, archives, raw, small_mnist, monkeypatch):
+    with mirror(FAULTY_MIRRORS[fault](archives)) as only:
+        monkeypatch.setattr(MNIST, "mirrors", [only])
+        with pytest.raises(mnist.UserError, match=re.escape(only + ARCHIVES[0])) as error:
+            mnist.load_mnist(small_mnist)
+    assert "\n" not in str(error.value)
+    assert list(raw.iterdir()) == []
+
+
+def test_silent_mirror_is_given_up(archives, assert_loads, monkeypatch):
+    silent = mirror(lambda handler, name: send(handler, archives[name], pause=5))
+    monkeypatch.setattr(mnist, "TIMEOUT", 0.5)
+    with silent as first, mirror(good(archives)) as second:
+        monkeypatch.setattr(MNIST, "mirrors", [first, second])
+        before = time.monotonic()
+        assert_loads()
+        assert time.monotonic() - before < 5
+
+
+@posix
+def test_folder_that_takes_no_download(start, archives, raw, read_only, unprivileged):
+    read_only(raw)
+    with mirror(good(archives)) as url:
+        process = start("--dry-run", mirrors=[url], preexec_fn=unprivileged)
+        _, err = process.communicate()
+    assert process.returncode == 1
+    assert err == f"mnist.py: error: {raw / ARCHIVES[0]}: Permission denied\n"
+
+
+@posix
+def test_killed_download_is_repaired(start, archives, assert_loads, monkeypatch):
+    begun = threading.Event()
+
+    def stall(handler, name):
+        begun.set()
+        send(handler, archives[name], pause=60)
+
+    with mirror(stall) as url:
+        process = start("--dry-run", mirrors=[url])
+        assert begun.wait(60)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with mirror(good(archives)) as url:
+        monkeypatch.setattr(MNIST, "mirrors", [url])
+        assert_loads()
+
+
+def test_two_downloads_at_once(start, archives, raw):
+    both = threading.Barrier(2)
+
+    def answer(handler, name):
+        if name == ARCHIVES[0]:
+            both.wait(60)
+        send(handler, archives[name])
+
+    with mirror(answer) as url:
+        processes = [start("--dry-run", mirrors=[url]) for _ in range(2)]
+        for process in processes:
+            _, err = process.communicate()
+            assert process.returncode == 0, err
+    assert {path.name: path.read_bytes() for path in raw.iterdir()} == archives
+
+
+# --- Batches -------------------------------------------------------------------------------------------------------
+
+
+def batches(losses, batch_size, epoch):
+    """Return the indices of an epoch (batches, B)."""
+    return torch.stack(list(mnist.train_batches(losses, batch_size, epoch)))
+
+
+def test_first_epoch_shows_all_once():
+    order = batches(torch.ones(1000), 64, epoch=1)
+    assert order.shape == (15, 64)
+    assert len(order.unique()) == 960
+    assert not torch.equal(order.flatten(), order.flatten().sort().values)
+
+
+def test_later_epochs_draw_by_loss(monkeypatch):
+    monkeypatch.setattr(mnist, "ROUNDS", 2)
+    losses = torch.where(torch.arange(1000) < 250, 5.0, 0.0)
+    epochs = [batches(losses, 100, epoch) for epoch in (2, 3)]
+    assert not torch.equal(*epochs)
+    for order in epochs:
+        rounds = order.view(2, 500)
+        for drawn in rounds:  # no image twice, and all of those with a loss
+            assert len(drawn.unique()) == 500
+            assert (drawn < 250).sum() == 250
+        first, second = (drawn[drawn >= 250].sort().values for drawn in rounds)
+        assert not torch.equal(first, second)  # the others have the same small chance each
+
+
+def test_each_round_draws_by_the_latest_loss(monkeypatch):
+    monkeypatch.setattr(mnist, "ROUNDS", 2)
+    losses = torch.ones(1000)
+    order = mnist.train_batches(losses, 100, epoch=2)
+    first = torch.cat([next(order) for _ in range(5)])
+    losses[first] = 0
+    assert not torch.isin(torch.cat(list(order)), first).any()
+
+
+def test_infinite_losses_can_be_drawn_from():
+    losses = torch.tensor([float("nan"), float("inf"), 1.0, 1.0])
+    assert len(batches(losses, 1, epoch=2)) == 4
+
+
+# --- Images --------------------------------------------------------------------------------------------------------
+
+
+def test_normalise():
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1).expand(2, 28, 28)
+    data = mnist.normalise(images)
+    assert data.shape == (2, 1, 28, 28)
+    assert data.dtype == torch.float32
+    assert torch.allclose(data[0], torch.tensor(-0.1307 / 0.3081))
+    assert torch.allclose(data[1], torch.tensor((1 - 0.1307) / 0.3081))
+
+
+def test_augmentation_differs_by_image(digits):
+    images, labels = digits(2000)
+    torch.manual_seed(0)
+    augmented = mnist.augment(images)
+    assert augmented.shape == images.shape
+    assert augmented.min() >= 0
+    assert augmented.max() <= 255.01
+    changed = (augmented - images).abs().amax(dim=(1, 2)) > 25
+    assert changed.float().mean() > 0.99
+    assert not torch.allclose(augmented[0], augmented[10])  # the same digit, moved otherwise
+
+    # The mean of a digit's augmented images still looks more like that digit than like any other.
+    means = torch.stack([augmented[labels == digit].mean(dim=0).flatten() for digit in range(10)])
+    similarity = F.normalize(means) @ F.normalize(images[:10].float().flatten(1)).T
+    assert torch.equal(similarity.argmax(dim=1), torch.arange(10))
+
+
+def test_augmentation_keeps_its_limits(monkeypatch):
+    """A dot 10 pixels from the centre goes as far as rotation, shift, scale and shear can take it, and no farther."""
+    rows, columns = torch.meshgrid(torch.arange(29.0), torch.arange(29.0), indexing="ij")
+
+    def farthest(row, column, **limits):
+        for name in ("ROTATION", "SHIFT", "SCALE", "SHEAR"):
+            monkeypatch.setattr(mnist, name, limits.get(name, 0))
+        images = torch.zeros(5000, 29, 29)
+        images[:, row, column] = 1
+        weight = mnist.augment(images)
+        weight = weight / weight.sum(dim=(1, 2), keepdim=True)
+        down, right = ((weight * place).sum(dim=(1, 2)) for place in (rows, columns))
+        return [(down - row).abs().max().item(), (right - column).abs().max().item()]
+
+    assert farthest(14, 24) == pytest.approx([0, 0], abs=1e-3)
+    assert farthest(14, 24, ROTATION=10)[0] == pytest.approx(1.74, abs=0.2)  # 10 sin 10°
+    assert farthest(14, 24, SHIFT=2) == pytest.approx([2, 2], abs=0.1)
+    assert farthest(14, 24, SCALE=0.1) == pytest.approx([0, 1.1], abs=0.2)  # 10 / (1 - 0.1) - 10
+    assert farthest(24, 14, SHEAR=0.1) == pytest.approx([0, 1], abs=0.1)

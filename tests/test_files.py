@@ -1,0 +1,167 @@
+"""The files that are written and read: paths checked beforehand, whole files only, and no trust in weights."""
+
+import functools
+import os
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mnist
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
+
+# --- Writing -------------------------------------------------------------------------------------------------------
+
+
+def limit_file_size():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+
+def assert_exits(process, path):
+    _, err = process.communicate()
+    assert process.returncode == 2, err
+    assert "Traceback" not in err
+    assert f"cannot write {path}" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("path", ["missing/mnist.pt", "folder"])
+def test_path_that_cannot_be_a_file(path, small_mnist, capsys):
+    Path("folder").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        mnist.main(["--save-model", path])
+    assert stop.value.code == 2
+    assert f"cannot write {Path(path)}" in capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == ["data", "folder"]
+
+
+@posix
+def test_device_is_not_replaced_by_a_file(small_mnist, capsys):
+    with pytest.raises(SystemExit):
+        mnist.main(["--save-model", "/dev/null"])
+    assert "cannot write /dev/null: it exists and is not a file" in capsys.readouterr().err
+    assert Path("/dev/null").is_char_device()
+
+
+@posix
+def test_read_only_folder_is_refused(start, tmp_path, read_only, unprivileged):
+    (tmp_path / "folder").mkdir()
+    read_only(tmp_path / "folder")
+    path = tmp_path / "folder" / "mnist.pt"
+    assert_exits(start("--save-model", str(path), preexec_fn=unprivileged), path)
+
+
+@posix
+def test_default_path_is_checked_too(start, tmp_path, read_only, unprivileged):
+    read_only(tmp_path)
+    assert_exits(start(preexec_fn=unprivileged), "mnist.pt")
+
+
+@posix
+def test_full_disk_is_found_before_training(start, tmp_path):
+    path = tmp_path / "mnist.pt"
+    path.write_bytes(b"an earlier run")
+    assert_exits(start("--save-model", str(path), preexec_fn=limit_file_size), path)
+    assert path.read_bytes() == b"an earlier run"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "mnist.pt"]
+
+
+@posix
+def test_disk_that_fills_during_training(start, tmp_path):
+    (tmp_path / "mnist.pt").write_bytes(b"an earlier run")
+    setup = """
+import resource
+fit = mnist.fit
+def fit_then_fill_the_disk(*args):
+    history = fit(*args)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    return history
+mnist.fit = fit_then_fill_the_disk
+"""
+    process = start("--epochs", "1", setup=setup)
+    out, err = process.communicate()
+    assert process.returncode == 1
+    assert "Final test accuracy" in out
+    assert err == "mnist.py: error: mnist.pt: File too large\n"
+    assert (tmp_path / "mnist.pt").read_bytes() == b"an earlier run"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "mnist.pt"]
+
+
+# --- Reading -------------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_loading_runs_no_code_of_the_file(tmp_path):
+    path, trace = tmp_path / "mnist.pt", tmp_path / "the code ran"
+    for content in (Malicious(trace), {"state_dict": mnist.Net().state_dict(), "history": Malicious(trace)}):
+        torch.save(content, path)
+        with pytest.raises(mnist.UserError, match=re.escape(str(path))):
+            mnist.load(path)
+        assert not trace.exists()
+    torch.load(path, weights_only=False)  # the code is real
+    assert trace.exists()
+
+
+def test_missing_weights_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        mnist.load(tmp_path / "mnist.pt")
+    assert error.value.filename == str(tmp_path / "mnist.pt")
+
+
+def test_other_files_are_no_checkpoint(tmp_path):
+    path = tmp_path / "mnist.pt"
+    assert_no_checkpoint = functools.partial(pytest.raises, mnist.UserError, match=re.escape(str(path)))
+
+    for content in (b"", b"text", pickle.dumps({"a": 1}, protocol=2), b"PK\x03\x04 but no archive"):
+        path.write_bytes(content)
+        with assert_no_checkpoint():
+            mnist.load(path)
+
+    torch.save({"state_dict": mnist.Net().state_dict()}, path)
+    mnist.load(path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), len(whole) // 50):
+        path.write_bytes(whole[:length])
+        with assert_no_checkpoint():
+            mnist.load(path)
+
+    wider, broken = mnist.Net(), mnist.Net()
+    wider.fc = torch.nn.Linear(72, 11)
+    broken.fc.bias.data[3] = float("nan")
+    for state_dict in (wider.state_dict(), broken.state_dict(), None, {"a": 1}):
+        torch.save({"state_dict": state_dict}, path)
+        with assert_no_checkpoint():
+            mnist.load(path)
+    for content in ({}, [1], 7):
+        torch.save(content, path)
+        with assert_no_checkpoint():
+            mnist.load(path)
+
+
+def test_own_weights_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mnist.find_weights() == Path(mnist.__file__).with_name("pretrained.pt")
+    Path("mnist.pt").touch()
+    assert mnist.find_weights() == Path("mnist.pt")
+    assert mnist.find_weights(Path("x.pt")) == Path("x.pt")
+
+
+def test_pretrained_weights_keep_the_promise():
+    model, checkpoint = mnist.load(Path(mnist.__file__).with_name("pretrained.pt"))
+    _, correct = mnist.test(model, *mnist.load_mnist(mnist.default_data_dir())[1])
+    assert correct > 9940
+    assert correct / 100 == pytest.approx(checkpoint["test_accuracy"], abs=0.02)  # they were tested in bfloat16
+    assert checkpoint["settings"]["seed"] == 0
+    assert checkpoint["settings"]["epochs"] == mnist.EPOCHS

@@ -1,0 +1,66 @@
+"""report.py: the figures that it draws."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import mnist
+import report
+
+
+@pytest.mark.parametrize("path", ["report.png", "report.PDF", "report.svg"])
+def test_format_follows_the_name(path, small_mnist, folder, monkeypatch):
+    monkeypatch.setattr(report, "MAX_MISTAKES", 5)
+    assert report.main(["--data-dir", small_mnist, "--out", path]) == Path(path)
+    start = Path(path).read_bytes()[:5]
+    assert start.startswith({"png": b"\x89PNG", "PDF": b"%PDF", "svg": b"<?xml"}[path[-3:]])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "title"), [(0, "No mistakes"), (1, "The one mistake"), (310, "10 more are left out")]
+)
+def test_mistakes_are_shown(wrong, title, checkpoint, digits, monkeypatch):
+    images, labels = digits(400)
+    predicted = torch.where(torch.arange(400) < wrong, (labels + 1) % 10, labels)
+    logits = torch.zeros(400, 10)
+    logits[torch.arange(400), predicted] = torch.linspace(2, 3, 400)
+    monkeypatch.setattr(mnist, "classify", lambda model, images: logits)
+    figure = report.draw_report(mnist.Net(), checkpoint, images, labels, "test")
+    below = figure.subfigs[1]
+    assert title in below.get_suptitle()
+    captions = [ax.get_title() for ax in below.axes if ax.get_title()]
+    assert len(captions) == min(wrong, 300)
+    shares = [int(caption.split("(")[1].rstrip("%)")) for caption in captions]
+    assert shares == sorted(shares, reverse=True)
+    assert all(int(caption[4]) == (int(caption[0]) + 1) % 10 for caption in captions)
+    report.plt.close(figure)
+
+
+def test_augmentation_is_drawn(small_mnist, folder):
+    report.main(["--augmentation", "--data-dir", small_mnist, "--out", "row.png"])
+    with Image.open("row.png") as image:
+        assert image.width > 900
+
+
+def test_missing_weights_are_named(folder):
+    with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
+        report.main(["--model", "absent.pt"])
+
+
+def test_missing_folder_is_named(small_mnist, folder, monkeypatch):
+    monkeypatch.setattr(report, "MAX_MISTAKES", 5)
+    with pytest.raises(FileNotFoundError, match="no/folder"):
+        report.main(["--data-dir", small_mnist, "--out", "no/folder/report.png"])
+
+
+def test_other_formats_are_refused(assert_refused):
+    assert_refused(report.main, "--out", "report.gif")
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--help"])
+    assert stop.value.code == 0
+    assert "--augmentation" in capsys.readouterr().out
