@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 # --- Recipe --------------------------------------------------------------------------------------------------------
 
-EPOCHS = 4  # of as many images as the training set has; after 2, one seed in 24 missed 99.4 %
+EPOCHS = 4  # each as long as one pass over the training set
 ROUNDS = 8  # per epoch after the first: each draws images by their latest losses
 MIN_WEIGHT = 1e-6  # the least weight of an image in a draw, so that one without loss can still come up
 BATCH_SIZE = 64
@@ -48,7 +48,7 @@ WARM_UP = 0.2  # the share of all steps in which the learning rate climbs; in th
 MOMENTUM = 0.9
 LABEL_SMOOTHING = 0.1
 ROTATION = 10  # the most degrees that an image is rotated, either way
-SHIFT = 2  # the most pixels that it is shifted, in any direction
+SHIFT = 2  # the most pixels that it is shifted, along each axis
 SCALE = 0.1  # the most that its width and its height are scaled, up or down
 SHEAR = 0.1  # the most pixels that it is sheared sideways for each pixel down
 
@@ -306,7 +306,7 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, test_name="Test"):
         with tqdm(train_batches(losses, batch_size, epoch), f"Epoch {epoch}", batches, disable=None) as bar:
             for count, index in enumerate(bar, start=1):
                 step(index)
-                # Reading the totals makes a GPU wait for the host: not at every step, but a few times a second.
+                # Reading the totals makes the host wait for a GPU: not at every step, but a few times a second.
                 if count == batches or time.perf_counter() - shown > 0.2:
                     shown = time.perf_counter()
                     train_loss, correct = (totals / count).tolist()

@@ -210,7 +210,9 @@ def main(argv=None):
         if args.show:
             rows.append((to_grey(image).convert("L"), digit, f"{name}: {answer}"))
     if rows:
-        contact_sheet(rows).save(SHEET)
+        buffer = io.BytesIO()
+        contact_sheet(rows).save(buffer, "PNG")
+        mnist.write(buffer.getvalue(), SHEET)
     if len(results) < len(args.pictures):
         sys.exit(1)
     return results

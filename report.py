@@ -7,6 +7,7 @@ Usage:
 """
 
 import argparse
+import io
 import math
 from pathlib import Path
 
@@ -161,7 +162,9 @@ def main(argv=None):
         print(f"Using the weights in {weights}")
         name = "validation" if checkpoint["settings"]["validate"] else "test"
         figure = draw_report(model, checkpoint, *mnist.load_mnist(args.data_dir)[1], name)
-    figure.savefig(args.out, bbox_inches="tight", pad_inches=0.2)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=args.out.suffix[1:].lower(), bbox_inches="tight", pad_inches=0.2)
+    mnist.write(buffer.getvalue(), args.out)
     plt.close(figure)
     print(f"Wrote {args.out}")
     return args.out
