@@ -40,11 +40,11 @@ from tqdm import tqdm
 
 EPOCHS = 4  # each as long as one pass over the training set
 ROUNDS = 8  # per epoch after the first: each draws images by their latest losses
-MIN_WEIGHT = 1e-6  # the least weight of an image in a draw, so that one without loss can still come up
+MIN_WEIGHT = 1e-6  # the least weight of an image in a draw, so that one without loss can still be drawn
 BATCH_SIZE = 64
-TEST_BATCH_SIZE = 250  # more take more memory and are no faster
+TEST_BATCH_SIZE = 250  # larger batches take more memory and are no faster
 LR = 0.03  # the learning rate at its peak
-WARM_UP = 0.2  # the share of all steps in which the learning rate climbs; in the rest it falls to zero
+WARM_UP = 0.2  # the share of the steps over which the learning rate climbs; over the rest it falls to zero
 MOMENTUM = 0.9
 LABEL_SMOOTHING = 0.1
 ROTATION = 10  # the most degrees that an image is rotated, either way
@@ -122,9 +122,10 @@ def load_mnist(data_dir, device="cpu"):
 def train_batches(losses, batch_size, epoch):
     """Yield the indices (B,) of each training batch of an epoch, given the last loss of every image (N,).
 
-    Epoch 1 shows every image once, in random order, but for those that do not fill a last batch. A later epoch shows
-    as many, but in each of its ROUNDS an image is drawn with a probability in proportion to its loss, which the caller
-    keeps up to date: much like selective backpropagation (Jiang et al., arXiv:1910.00762).
+    Epoch 1 shows every image once, in random order, except those left over after the last full batch. A later epoch
+    shows as many, but in each of its ROUNDS images are drawn without replacement, with probabilities in proportion to
+    their losses, which the caller keeps up to date: much like selective backpropagation (Jiang et al.,
+    arXiv:1910.00762).
     """
     batches = len(losses) // batch_size
     if epoch == 1:
@@ -154,7 +155,7 @@ def augment(images):
 
 
 def normalise(images):
-    """Bring images (B, 28, 28), 0 to 255, to what the network takes: float32 (B, 1, 28, 28), mean 0, variance 1."""
+    """Return images (B, 28, 28) from 0 to 255 as the network takes them: float32 (B, 1, 28, 28), mean 0, variance 1."""
     return (images.unsqueeze(1) / 255 - MEAN) / STD
 
 
@@ -162,7 +163,7 @@ def normalise(images):
 
 
 def orthogonalize(matrices):
-    """Return, for each of the matrices (K, M, N), about the nearest one whose singular values are all 1.
+    """Return, for each of the matrices (K, M, N), roughly the nearest matrix whose singular values are all 1.
 
     Five steps of the Newton-Schulz iteration, with the coefficients of Muon; rows and columns of zeros stay zeros.
     """
@@ -178,8 +179,8 @@ class Muon:
     """Nesterov momentum with the updates of convolutions orthogonalized: Muon, by K. Jordan et al.,
     https://kellerjordan.github.io/posts/muon/. Over `steps` steps the learning rate climbs to `lr` and falls to zero.
 
-    The parameters become views of one buffer, and their gradients of another, so that an operation takes them all at
-    once. All state is on the model's device, for a CUDA graph. torch.optim.Muon takes matrices alone, one by one.
+    The parameters become views of one buffer, and their gradients of another, so that one operation updates them all.
+    All state is on the model's device, for a CUDA graph. torch.optim.Muon takes only matrices, and goes one by one.
     """
 
     def __init__(self, model, lr, steps):
@@ -197,7 +198,7 @@ class Muon:
             parameter.data = value.as_strided(*layout).copy_(parameter.data)
             if parameter.ndim == 4:
                 self.filters.append(update.view(len(parameter), -1))
-        # Padded with zeros to one size they are multiplied all at once: much faster than many small products.
+        # Padded with zeros to one size, they are multiplied in one batch: much faster than one by one.
         shapes = [matrix.shape for matrix in self.filters]
         self.batch = torch.zeros(len(shapes), *map(max, zip(*shapes, strict=True)), device=device)
         self.unpadded = [matrix[:rows, :columns] for matrix, (rows, columns) in zip(self.batch, shapes, strict=True)]
@@ -223,7 +224,7 @@ class Muon:
 class GraphedStep:
     """A training step on a GPU, step(index), that launches its hundreds of kernels at once, as a CUDA graph.
 
-    The first three calls run it as it is, as the libraries beneath need before a capture; the fourth captures it.
+    The first three calls run it directly, because PyTorch's libraries set themselves up then; the fourth captures it.
     """
 
     def __init__(self, step):
@@ -261,7 +262,7 @@ def keep_freed_memory():
 
 @torch.inference_mode()
 def classify(model, images):
-    """Return the logits (N, 10) that the model gives to uint8 images (N, 28, 28) in MNIST's form."""
+    """Return the logits (N, 10) of uint8 images (N, 28, 28) in MNIST's form. The model is left in evaluation mode."""
     model.eval()
     return torch.cat([model(normalise(batch)) for batch in images.split(TEST_BATCH_SIZE)])
 
@@ -282,10 +283,10 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, test_name="Test"):
     batches = len(images) // batch_size
     optimizer = Muon(model, lr, epochs * batches)
     losses = torch.ones(len(images), device=images.device)  # of each image when it was last seen
-    totals = torch.zeros(2, device=images.device)  # of the epoch so far: the losses of its batches, its correct answers
+    totals = torch.zeros(2, device=images.device)  # sums over the epoch so far: batch losses, correct answers
 
     def step(index):
-        # A CUDA graph can hold this: it reads nothing back, and all that it changes stays where it is.
+        # Fit for a CUDA graph: it reads nothing back, and changes tensors only in place.
         data, target = normalise(augment(images[index])), labels[index]
         output = model(data)
         loss = F.cross_entropy(output, target, label_smoothing=LABEL_SMOOTHING)
@@ -342,7 +343,7 @@ FILES = {
 
 
 class UserError(Exception):
-    """Something that the user can put right: the message names it and the way out."""
+    """An error that the user can put right: the message names the cause and the remedy."""
 
 
 def is_intact(name, content):
@@ -380,7 +381,7 @@ def download(folder, name):
             with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
                 archive = response.read()
             if not is_intact(name, content := gzip.decompress(archive)):
-                raise ValueError("other content than MNIST's")
+                raise ValueError("not MNIST's content")
         except (OSError, http.client.HTTPException, EOFError, zlib.error, ValueError) as error:
             errors.append(f"{url}: {error}")
             continue
@@ -394,7 +395,7 @@ def download(folder, name):
 
 
 def write(content, path):
-    """Write bytes so that, whatever happens, `path` holds the whole old file or the whole new one. Raises OSError."""
+    """Write bytes so that, whatever happens, `path` holds all of the old file or all of the new. Raises OSError."""
     target = path.resolve()
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
@@ -410,9 +411,9 @@ def write(content, path):
 
 
 def writable(path):
-    """Return the Path of a file to which a network's weights could be written: an argparse type.
+    """Return `path` as a Path if the weights of a network can be written there: an argparse type.
 
-    Training takes a minute or more, so whether its result can be saved is found out before it, not after.
+    Found out before training, which takes a minute or more, and not after it.
     """
     path = Path(path)
     target = path.resolve()
@@ -434,7 +435,7 @@ def find_weights(path=None):
 
 
 def load(path):
-    """Return (model, checkpoint) of a file that main() saved: a Net in evaluation mode, and all that the file holds.
+    """Return (model, checkpoint) of a file that main() saved: a Net in evaluation mode, and everything in the file.
 
     Raises OSError if the file cannot be read, and UserError if it is not a checkpoint of this network.
     """
@@ -450,7 +451,7 @@ def load(path):
 
 
 def run(main):
-    """Run a script's main(). What a user can cause ends it with one line on stderr, not with a traceback.
+    """Run a script's main(). An error that a user can cause ends it with one line on stderr, without a traceback.
 
     The exit status is 1 after a UserError or a file that cannot be read or written, 130 after Ctrl-C, 143 after
     SIGTERM, and 141 if the reader of the output is gone (`python mnist.py | head -1`).
@@ -515,7 +516,7 @@ def pick_device(name):
         except RuntimeError as error:
             failure = f"{kind!r} does not work here ({str(error).splitlines()[0]})"
         if name == "auto":
-            print(f"warning: {failure}: it is not used", file=sys.stderr)
+            print(f"mnist.py: warning: {failure}: it is not used", file=sys.stderr)
     raise argparse.ArgumentTypeError(f"{failure}: use cpu, or auto")
 
 
@@ -539,13 +540,13 @@ def parse_args(argv):
 
     parser = argparse.ArgumentParser(prog="mnist.py", description="Train an 18,242-parameter CNN on MNIST.")
     add = parser.add_argument
-    add("--epochs", type=count, default=EPOCHS, help="of 60,000 images each (default: %(default)s)")
+    add("--epochs", type=count, default=EPOCHS, help="number of epochs (default: %(default)s)")
     add("--batch-size", type=count, default=BATCH_SIZE, help="images per step (default: %(default)s)")
     add("--lr", type=rate, default=LR, help="peak learning rate (default: %(default)s)")
-    add("--seed", type=seed, default=0, help="of everything random (default: %(default)s)")
+    add("--seed", type=seed, default=0, help="random seed (default: %(default)s)")
     add("--device", type=pick_device, default="auto", metavar="{auto,cpu,cuda,mps}", help="default: %(default)s")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where native")
-    add("--data-dir", type=Path, default=default_data_dir(), help="holds MNIST/raw (default: $MNIST_DATA or data/)")
+    add("--data-dir", type=Path, default=default_data_dir(), help="folder of MNIST/raw (default: $MNIST_DATA or data/)")
     add("--save-model", type=writable, metavar="PATH", help="weights file (default: mnist.pt; none in a dry run)")
     add("--validate", action="store_true", help="train on the first 50,000 training images, test on the other 10,000")
     add("--dry-run", action="store_true", help="train and test on a single batch")
@@ -559,14 +560,17 @@ def parse_args(argv):
     elif args.precision == "bfloat16" and not has_bfloat16(args.device):
         print(f"mnist.py: warning: {args.device} has no native bfloat16; emulating it is slow", file=sys.stderr)
     if not (args.save_model or args.dry_run or args.summary):
-        parser.parse_args(["--save-model", "mnist.pt"], args)  # to check it as if it had been given
+        try:
+            args.save_model = writable("mnist.pt")
+        except argparse.ArgumentTypeError as error:
+            parser.error(str(error))
     return args
 
 
 def main(argv=None):
     """Train as the command line `argv` says (sys.argv[1:] if None), print the progress and save the weights.
 
-    Returns what is saved, but for the weights: "parameters", "test_accuracy" (in %, after the last epoch),
+    Returns what is saved, except the weights: "parameters", "test_accuracy" (in %, after the last epoch),
     "seconds" (of training and testing), "history" (see fit()) and "settings"; None after --summary.
     """
     args = parse_args(argv)
@@ -606,7 +610,8 @@ def main(argv=None):
         f"after epoch {args.epochs}, in {seconds:.0f} s"
     )
 
-    settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
+    names = ("epochs", "batch_size", "lr", "seed", "precision", "validate", "dry_run")
+    settings = {name: getattr(args, name) for name in names}
     settings |= {"device": str(args.device), "threads": threads, "torch": str(torch.__version__)}
     results = {"parameters": parameters, "test_accuracy": accuracy, "seconds": seconds}
     results |= {"history": history, "settings": settings}

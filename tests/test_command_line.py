@@ -95,7 +95,8 @@ def test_device_that_refuses_to_work(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert mnist.pick_device("auto").type == "cpu"
-    assert capsys.readouterr().err == "warning: 'mps' does not work here (MPS backend out of memory): it is not used\n"
+    warning = "mnist.py: warning: 'mps' does not work here (MPS backend out of memory): it is not used\n"
+    assert capsys.readouterr().err == warning
     with pytest.raises(argparse.ArgumentTypeError, match=r"\(MPS backend out of memory\): use cpu, or auto"):
         mnist.pick_device("mps")
 
