@@ -23,7 +23,7 @@ from scipy import ndimage
 
 import mnist
 
-SIDE = 160  # pixels; a larger picture is reduced to this before the digit is looked for
+SIDE = 160  # pixels; a larger picture is first reduced to this
 MAX_BYTES = 2**28  # of standard input, which may never end
 SHEET = Path("seen.png")  # what --show writes
 
@@ -67,7 +67,7 @@ def polarity(grey):
     margin = max(1, min(height, width) // 16)
     border = np.ones_like(grey, dtype=bool)
     border[margin:-margin, margin:-margin] = False
-    # What continues the border smoothly is ground, however uneven the light; what departs furthest from it is ink.
+    # A smooth surface through the border is the ground, however uneven the light; what departs most from it is ink.
     coefficients = np.linalg.lstsq(terms[border], grey[border])[0]
     return 1 if ((grey - terms @ coefficients) ** 3).sum() > 0 else -1
 
@@ -76,7 +76,7 @@ def find_ink(grey):
     """Return how much ink there is in each pixel of a picture (H, W), from 0 to 1; all zeros if nothing stands out."""
     grey = grey * polarity(grey)
     side = max(grey.shape)
-    # The ground is what an opening leaves whose window no stroke can fill.
+    # The ground is what remains after an opening with a window too large for any stroke to fill.
     ground = ndimage.grey_opening(ndimage.uniform_filter(grey, max(1, side // 40)), size=(side // 2, side // 2))
     ink = grey - ground
     ink -= np.median(ink)
@@ -135,7 +135,7 @@ def read_picture(name):
     try:
         source = io.BytesIO(sys.stdin.buffer.read(MAX_BYTES)) if name == "-" else name
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's about a damaged file: an error says it in one line
+            warnings.simplefilter("ignore")  # Pillow's warnings of damage: the error below is enough
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(source)
             # A phone's MPO holds the photograph first, then copies of it for other uses.

@@ -43,7 +43,7 @@ def draw_curve(axes, history, name):
 
 
 def draw_confusion(ax, counts):
-    """Draw the confusion matrix (10, 10), true digits down; colour is for mistakes alone, so that they stand out."""
+    """Draw the confusion matrix (10, 10), true digits down; only mistakes are coloured, so that they stand out."""
     mistakes = counts.float().fill_diagonal_(0)
     top = max(2, mistakes.max().item())
     colours = plt.get_cmap("cividis_r").with_extremes(under="white")

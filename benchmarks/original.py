@@ -49,7 +49,9 @@ class Images(torch.utils.data.Dataset):
 def main(argv=None):
     """Train as `argv` says (sys.argv[1:] if None); return the history: each epoch's accuracy in % and its seconds."""
     count = mnist.in_range(int, 1, math.inf, "a whole number above 0")
-    parser = argparse.ArgumentParser(prog="original.py", description="Train with the original recipe.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.original", description="Train with the original recipe."
+    )
     add = parser.add_argument
     add("--epochs", type=count, default=EPOCHS, help="default: %(default)s")
     add("--seed", type=int, default=0, help="default: %(default)s")

@@ -115,7 +115,9 @@ def prepare(image):
 def main(argv=None):
     """Print the table. Returns, by the name of each kind, the accuracies in %: {"predict": ..., "plain": ...}."""
     count = mnist.in_range(int, 1, TEST_SIZE + 1, f"a whole number from 1 to {TEST_SIZE}")
-    parser = argparse.ArgumentParser(prog="pictures.py", description="Measure predict.py on pictures of many kinds.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pictures", description="Measure predict.py on pictures of many kinds."
+    )
     parser.add_argument("--images", type=count, default=1000, help="of the test set (default: %(default)s)")
     parser.add_argument("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
     parser.add_argument("--out", type=mnist.writable, metavar="PATH", help="also write the accuracies here, as JSON")

@@ -1,4 +1,4 @@
-"""Train with many seeds, each in its own process, and report the accuracy, the time and the memory.
+"""Train with many seeds, each in a process of its own, and report accuracy, time and memory.
 
 Usage, in the folder of mnist.py:
     python -m benchmarks.seeds --seeds 40 --out results.json      # the default recipe; run it again to continue
@@ -147,7 +147,7 @@ def cpu_name():
 
 
 def run_settings(args):
-    """Return all that decides the result of a run but its seed: runs belong in one file only if it is the same."""
+    """Return everything except the seed that decides the result of a run; runs in one file have it in common."""
     versions = {package: version(package) for package in ("torch", "torchvision")}
     gpu = {"gpu": torch.cuda.get_device_name()} if args.device.type == "cuda" else {}
     return {
@@ -254,7 +254,7 @@ def print_summary(benchmark):
 def parse_args(argv):
     count = mnist.in_range(int, 1, math.inf, "a whole number above 0")
     parser = argparse.ArgumentParser(
-        prog="seeds.py", description="Train with many seeds, and report the accuracy, the time and the memory."
+        prog="python -m benchmarks.seeds", description="Train with many seeds, and report accuracy, time and memory."
     )
     add = parser.add_argument
     add("--seeds", type=count, default=5, help="train with seeds 0 to N - 1 (default: %(default)s)", metavar="N")
@@ -333,7 +333,7 @@ def join(args):
     return {**parts[0], "settings": settings, "parts": [part["command"] for part in parts], "runs": runs}
 
 
-def start(args):
+def open_benchmark(args):
     """Return the benchmark that `args.out` holds, or a new one without runs.
 
     Raises UserError if the runs there were made with other settings.
@@ -361,7 +361,7 @@ def main(argv=None):
         benchmark = {**join(args), "command": command}
         save_results(benchmark, args.out)
     else:
-        benchmark = start(args)
+        benchmark = open_benchmark(args)
         benchmark["command"] = command
         index, parts = args.shard
         seeds = range(index - 1, args.seeds, parts)

@@ -117,7 +117,7 @@ def checkpoint():
 
 @pytest.fixture
 def folder(checkpoint, tmp_path, monkeypatch):
-    """An empty working folder, but for such weights in mnist.pt."""
+    """A working folder with nothing but such weights in mnist.pt."""
     monkeypatch.chdir(tmp_path)
     torch.save(checkpoint, "mnist.pt")
     return tmp_path
@@ -148,6 +148,18 @@ def unprivileged():
             ctypes.CDLL(None).prctl(pr_capbset_drop, cap_dac_override)
 
     return drop
+
+
+@pytest.fixture
+def full_disk():
+    """A preexec_fn under which no file grows beyond 10,000 bytes."""
+
+    def limit():
+        import resource  # absent on Windows
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    return limit
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The benchmarks: real processes in two tests, and what is made of made-up runs in the others."""
+"""The benchmarks: a few real processes, and what is made of made-up runs."""
 
 import json
 from pathlib import Path
@@ -181,18 +181,19 @@ def test_other_files_are_refused(runs, content):
         ("--set", "NO_SUCH=1"),
         ("--set", "ROUNDS=1 2"),
         ("--baseline", "-1"),
-        ("--out", "no/such/folder/results.json"),
+        ("--out", str(Path("no/such/folder/results.json"))),
     ],
 )
 def test_bad_value_is_refused(option, value, assert_refused):
     assert_refused(seeds.main, option, value)
 
 
-def test_help(capsys):
+@pytest.mark.parametrize(("main", "option"), [(seeds.main, "--join"), (pictures.main, "--images")])
+def test_help(main, option, capsys):
     with pytest.raises(SystemExit) as stop:
-        seeds.main(["--help"])
+        main(["--help"])
     assert stop.value.code == 0
-    assert "--join" in capsys.readouterr().out
+    assert option in capsys.readouterr().out
 
 
 def test_set_overrides_a_constant():
@@ -217,6 +218,17 @@ def test_readme_gives_the_results():
         assert figures in readme, path.name
 
 
+def test_project_readme_gives_the_results():
+    folder = Path(seeds.__file__).parent
+    readme = (folder.parent / "README.md").read_text(encoding="utf-8")
+    accuracy, speed = (
+        seeds.summarize(seeds.load_results(folder / "results" / f"{name}.json")) for name in ("default", "speed")
+    )
+    assert f"| {accuracy['n']} | {accuracy['accuracy_mean']:.3f} % ± {accuracy['accuracy_std']:.3f}" in readme
+    assert f"| {accuracy['accuracy_min']:.2f} % |" in readme
+    assert f"| {speed['process_seconds']:.0f} s, {speed['times_faster']:.1f} times" in readme
+
+
 # --- Pictures ------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +240,11 @@ def test_every_kind_of_picture_is_measured(small_mnist, folder, monkeypatch, cap
     assert capsys.readouterr().out.count(" % |") == 2 * len(results)
 
 
-@pytest.mark.parametrize(("option", "value"), [("--images", "0"), ("--out", "no/folder/results.json")])
+def test_missing_weights_of_pictures_are_named(folder):
+    with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
+        pictures.main(["--model", "absent.pt"])
+
+
+@pytest.mark.parametrize(("option", "value"), [("--images", "0"), ("--out", str(Path("no/folder/results.json")))])
 def test_bad_value_of_pictures_is_refused(option, value, assert_refused):
     assert_refused(pictures.main, option, value)

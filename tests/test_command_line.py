@@ -175,7 +175,8 @@ def test_summary_trains_nothing(capsys):
 
 def test_help_names_every_option():
     done = subprocess.run([sys.executable, mnist.__file__, "--help"], capture_output=True, text=True, check=True)
-    for option in ("--epochs", "--batch-size", "--lr", "--seed", "--device", "--data-dir", "--save-model", "--dry-run"):
+    training = ("--epochs", "--batch-size", "--lr", "--seed", "--device", "--precision", "--validate")
+    for option in (*training, "--data-dir", "--save-model", "--dry-run", "--summary"):
         assert option in done.stdout
     assert done.stderr == ""
 

@@ -238,6 +238,17 @@ def test_standard_input(folder):
     assert done.stdout.startswith(b"-: ")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
+def test_full_disk_is_named(folder, full_disk):
+    Path("a.png").write_bytes(png(noisy(seven())))
+    Path("seen.png").write_bytes(b"an earlier sheet")
+    command = [sys.executable, predict.__file__, "--show", "a.png"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=full_disk)
+    assert done.returncode == 1
+    assert done.stderr.endswith("predict.py: error: seen.png: File too large\n")
+    assert Path("seen.png").read_bytes() == b"an earlier sheet"
+
+
 def test_missing_weights_are_named(folder):
     with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
         predict.main(["--model", "absent.pt", "a.png"])

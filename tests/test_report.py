@@ -1,5 +1,7 @@
 """report.py: the figures that it draws."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,15 @@ def test_missing_folder_is_named(small_mnist, folder, monkeypatch):
     monkeypatch.setattr(report, "MAX_MISTAKES", 5)
     with pytest.raises(FileNotFoundError, match=r"no.+folder"):
         report.main(["--data-dir", small_mnist, "--out", "no/folder/report.png"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
+def test_full_disk_is_named(folder, full_disk):
+    Path("report.png").write_bytes(b"an earlier report")
+    done = subprocess.run([sys.executable, report.__file__], capture_output=True, text=True, preexec_fn=full_disk)
+    assert done.returncode == 1
+    assert done.stderr == "report.py: error: report.png: File too large\n"
+    assert Path("report.png").read_bytes() == b"an earlier report"
 
 
 def test_other_formats_are_refused(assert_refused):

@@ -22,13 +22,16 @@ def test_digits_are_learned(small_mnist, device):
     assert results["test_accuracy"] > 90
 
 
-def test_bfloat16_trains(small_mnist):
+def test_bfloat16_trains(small_mnist, monkeypatch):
+    precisions, fit = [], mnist.fit
+    monkeypatch.setattr(mnist, "fit", lambda model, *args: precisions.append(model.precision) or fit(model, *args))
     results = mnist.main(["--dry-run", "--precision", "bfloat16", "--data-dir", small_mnist])
+    assert precisions == [torch.bfloat16]
     assert results["settings"]["precision"] == "bfloat16"
 
 
 @pytest.fixture
-def still(monkeypatch):
+def repeatable_model(monkeypatch):
     """A network without dropout, and training without augmentation, so that a test can repeat a step."""
     monkeypatch.setattr(mnist, "augment", lambda images: images)
     torch.manual_seed(0)
@@ -37,7 +40,7 @@ def still(monkeypatch):
     return model
 
 
-def test_step_records_its_losses(still, digits, monkeypatch):
+def test_step_records_its_losses(repeatable_model, digits, monkeypatch):
     images, labels = digits(39)
     index, recorded = torch.arange(5, 25), []
 
@@ -46,12 +49,14 @@ def test_step_records_its_losses(still, digits, monkeypatch):
         yield index
 
     monkeypatch.setattr(mnist, "train_batches", train_batches)
-    before = {name: tensor.clone() for name, tensor in still.state_dict().items()}
-    (epoch,) = mnist.fit(still, (images, labels), digits(10), epochs=1, batch_size=20, lr=0.01)
-    assert all((before[name] != tensor).any() for name, tensor in still.named_parameters() if tensor.ndim > 1)
+    before = {name: tensor.clone() for name, tensor in repeatable_model.state_dict().items()}
+    (epoch,) = mnist.fit(repeatable_model, (images, labels), digits(10), epochs=1, batch_size=20, lr=0.01)
+    assert all(
+        (before[name] != tensor).any() for name, tensor in repeatable_model.named_parameters() if tensor.ndim > 1
+    )
 
-    still.load_state_dict(before)
-    output = still.train()(mnist.normalise(images[index]))
+    repeatable_model.load_state_dict(before)
+    output = repeatable_model.train()(mnist.normalise(images[index]))
     (losses,) = recorded
     assert torch.allclose(losses[index], F.cross_entropy(output, labels[index], reduction="none"))
     assert (losses[:5] == 1).all()
@@ -62,7 +67,7 @@ def test_step_records_its_losses(still, digits, monkeypatch):
     assert epoch["train_accuracy"] == pytest.approx(100 * correct / 20)
 
 
-def test_history_holds_means_of_epochs(still, digits, monkeypatch):
+def test_history_holds_means_of_epochs(repeatable_model, digits, monkeypatch):
     images, labels = digits(230)
     indices, batches = [], mnist.train_batches
 
@@ -71,11 +76,11 @@ def test_history_holds_means_of_epochs(still, digits, monkeypatch):
         return indices[-1]
 
     monkeypatch.setattr(mnist, "train_batches", train_batches)
-    history = mnist.fit(still, (images, labels), digits(10), epochs=2, batch_size=10, lr=1e-30)
-    still.train()
+    history = mnist.fit(repeatable_model, (images, labels), digits(10), epochs=2, batch_size=10, lr=1e-30)
+    repeatable_model.train()
     for epoch, order in zip(history, indices, strict=True):
         assert len(order) == 23
-        outputs = [(still(mnist.normalise(images[index])), labels[index]) for index in order]
+        outputs = [(repeatable_model(mnist.normalise(images[index])), labels[index]) for index in order]
         losses = [F.cross_entropy(*pair, label_smoothing=mnist.LABEL_SMOOTHING).item() for pair in outputs]
         correct = sum((output.argmax(dim=1) == target).sum().item() for output, target in outputs)
         assert epoch["train_loss"] == pytest.approx(sum(losses) / 23, rel=1e-4)
@@ -83,10 +88,13 @@ def test_history_holds_means_of_epochs(still, digits, monkeypatch):
 
 
 def test_training_augments_its_images(digits, monkeypatch):
-    seen, augment = [], mnist.augment
-    monkeypatch.setattr(mnist, "augment", lambda images: seen.append(len(images)) or augment(images))
+    normalised, normalise = [], mnist.normalise
+    monkeypatch.setattr(mnist, "augment", lambda images: images.float() + 1)
+    monkeypatch.setattr(mnist, "normalise", lambda images: normalised.append(images) or normalise(images))
     mnist.fit(mnist.Net(), digits(60), digits(10), epochs=1, batch_size=20, lr=0.01)
-    assert seen == [20, 20, 20]
+    *training, testing = normalised
+    assert [(len(images), images.min()) for images in training] == [(20, 1)] * 3
+    assert testing.min() == 0
 
 
 def test_infinite_loss_stops_the_run(small_mnist, tmp_path):
