@@ -1,6 +1,7 @@
 """The benchmarks: a few real processes, and what is made of made-up runs."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,12 @@ def test_memory_is_that_of_the_child():
         pytest.skip("the memory is measured on Linux alone")
     assert small < 50
     assert 190 < large - small < 210
+
+
+def test_gpu_is_used_from_another_process(monkeypatch):
+    assert seeds.call(os.getpid) == os.getpid()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert seeds.call(os.getpid) != os.getpid()
 
 
 def test_flops_are_those_of_the_layers():
