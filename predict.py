@@ -8,6 +8,7 @@ Usage:
 """
 
 import argparse
+import glob
 import io
 import json
 import struct
@@ -21,6 +22,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
 import mnist
 
 SIDE = 160  # pixels; a larger picture is first reduced to this
@@ -68,7 +70,7 @@ def polarity(grey):
     border = np.ones_like(grey, dtype=bool)
     border[margin:-margin, margin:-margin] = False
     # A smooth surface through the border is the ground, however uneven the light; what departs most from it is ink.
-    coefficients = np.linalg.lstsq(terms[border], grey[border])[0]
+    coefficients = np.linalg.lstsq(terms[border], grey[border], rcond=None)[0]
     return 1 if ((grey - terms @ coefficients) ** 3).sum() > 0 else -1
 
 
@@ -132,6 +134,8 @@ def read_picture(name):
 
     Raises UserError if there is no such picture: no file, no image, one cut short, too large, or an animation.
     """
+    if name == "-" and not hasattr(sys.stdin, "buffer"):  # closed, or a notebook's
+        raise mnist.UserError("there is no standard input: name a file")
     try:
         source = io.BytesIO(sys.stdin.buffer.read(MAX_BYTES)) if name == "-" else name
         with warnings.catch_warnings():
@@ -170,6 +174,11 @@ def contact_sheet(rows):
     return sheet
 
 
+def expand(pattern):
+    """Return the names of the files that match `pattern`, which Windows' shells leave as it is; itself if none does."""
+    return [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern)) or [pattern]
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="predict.py", description="Read handwritten digits from pictures.")
     add = parser.add_argument
@@ -178,13 +187,14 @@ def parse_args(argv):
     add("--json", action="store_true", help="print a line of JSON for each picture, with the ten probabilities")
     add("--show", action="store_true", help=f"write {SHEET}: each picture beside what the network saw")
     args = parser.parse_args(argv)
+    args.pictures = [name for pattern in args.pictures for name in expand(pattern)]
     if args.show and SHEET.resolve() in [Path(name).resolve() for name in args.pictures]:
         parser.error(f"argument --show: it would overwrite the picture {SHEET}: rename that first")
     return args
 
 
-def main(argv=None):
-    """Print a line for each picture that `argv` names (sys.argv[1:] if None); the exit status is 1 if any failed.
+def main(argv):
+    """Print a line for each picture that `argv` names; the exit status is 1 if any failed.
 
     Returns a dictionary for each: "picture", "digit" and "probabilities".
     """
@@ -192,7 +202,6 @@ def main(argv=None):
     weights = mnist.find_weights(args.model)
     model, _ = mnist.load(weights)
     print(f"Using the weights in {weights}", file=sys.stderr)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name can be any bytes
 
     results, rows = [], []
     for name in args.pictures:

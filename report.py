@@ -9,12 +9,14 @@ Usage:
 import argparse
 import io
 import math
+import sys
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
 import mnist
 
 matplotlib.use("Agg")  # needs no display
@@ -104,7 +106,8 @@ def draw_report(model, checkpoint, images, labels, name):
     )
     above, below = figure.subfigures(2, height_ratios=[6.4, height])
     curve, confusion, digits = above.subfigures(1, 3, width_ratios=[5, 6, 4])
-    draw_curve(curve.subplots(2, sharex=True), checkpoint["history"], name)
+    if "history" in checkpoint:  # not if the file holds the weights alone
+        draw_curve(curve.subplots(2, sharex=True), checkpoint["history"], name)
     draw_confusion(confusion.subplots(), counts)
     draw_accuracy(digits.subplots(), counts)
 
@@ -152,15 +155,15 @@ def parse_args(argv):
     return args
 
 
-def main(argv=None):
-    """Draw the figure that `argv` asks for (sys.argv[1:] if None) and write it; return its path."""
+def main(argv=()):
+    """Draw the figure that `argv` asks for and write it; return its path."""
     args = parse_args(argv)
     if args.augmentation:
         figure = draw_augmentation(*mnist.load_mnist(args.data_dir)[0])
     else:
         model, checkpoint = mnist.load(weights := mnist.find_weights(args.model))
         print(f"Using the weights in {weights}")
-        name = "validation" if checkpoint["settings"]["validate"] else "test"
+        name = "validation" if checkpoint.get("settings", {}).get("validate") else "test"
         figure = draw_report(model, checkpoint, *mnist.load_mnist(args.data_dir)[1], name)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=args.out.suffix[1:].lower(), bbox_inches="tight", pad_inches=0.2)

@@ -46,8 +46,8 @@ class Images(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def main(argv=None):
-    """Train as `argv` says (sys.argv[1:] if None); return the history: each epoch's accuracy in % and its seconds."""
+def main(argv=()):
+    """Train as the options `argv` say; return the history: each epoch's accuracy in % and its seconds."""
     count = mnist.in_range(int, 1, math.inf, "a whole number above 0")
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.original", description="Train with the original recipe."

@@ -112,7 +112,7 @@ def prepare(image):
         return torch.zeros(28, 28, dtype=torch.uint8)
 
 
-def main(argv=None):
+def main(argv=()):
     """Print the table. Returns, by the name of each kind, the accuracies in %: {"predict": ..., "plain": ...}."""
     count = mnist.in_range(int, 1, TEST_SIZE + 1, f"a whole number from 1 to {TEST_SIZE}")
     parser = argparse.ArgumentParser(

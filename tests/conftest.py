@@ -28,8 +28,7 @@ LIT = ("1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "110111
 DRIVER = """
 import sys
 import mnist
-from torchvision.datasets import MNIST
-mnist.FILES, MNIST.mirrors = {files!r}, {mirrors!r}
+mnist.FILES, mnist.LEARNED = {files!r}, 0
 sys.argv[0] = "mnist.py"
 {setup}
 mnist.run(mnist.main)
@@ -72,6 +71,7 @@ def small_mnist(tmp_path, monkeypatch):
             files[name] = write_idx(folder, name, array)
     monkeypatch.setattr(mnist, "FILES", files)
     monkeypatch.setattr(mnist, "VALIDATION_SIZE", 100)
+    monkeypatch.setattr(mnist, "LEARNED", 0)
     monkeypatch.chdir(tmp_path)
     return str(tmp_path / "data")
 
@@ -88,7 +88,9 @@ def start(small_mnist, tmp_path):
     processes = []
 
     def start(*args, setup="", mirrors=(), **options):
-        code = DRIVER.format(files=mnist.FILES, mirrors=list(mirrors), setup=setup)
+        if mirrors:
+            setup += f"\nfrom torchvision.datasets import MNIST; MNIST.mirrors = {mirrors!r}"
+        code = DRIVER.format(files=mnist.FILES, setup=setup)
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path} | options
         options["env"] = {
             **os.environ,

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -83,12 +84,13 @@ def test_missing_device_is_an_error(device, capsys):
     assert f"{device!r} is not available" in capsys.readouterr().err
 
 
-def test_device_that_refuses_to_work(monkeypatch, capsys):
+@pytest.mark.parametrize("error", [RuntimeError, torch.cuda.DeferredCudaCallError])
+def test_device_that_refuses_to_work(error, monkeypatch, capsys):
     zeros = torch.zeros
 
     def refuse(*args, device):
         if device == "mps":
-            raise RuntimeError("MPS backend out of memory\nand more")
+            raise error("MPS backend out of memory\nand more")
         return zeros(*args, device=device)
 
     monkeypatch.setattr(torch, "zeros", refuse)
@@ -99,6 +101,25 @@ def test_device_that_refuses_to_work(monkeypatch, capsys):
     assert capsys.readouterr().err == warning
     with pytest.raises(argparse.ArgumentTypeError, match=r"\(MPS backend out of memory\): use cpu, or auto"):
         mnist.pick_device("mps")
+
+
+@pytest.mark.parametrize(("kind", "layout", "batches"), [("cuda", "channels_last", 4), ("mps", "contiguous_format", 1)])
+def test_gpu_has_its_layout_and_dry_run(kind, layout, batches, digits, monkeypatch):
+    sizes, layouts = [], []
+    monkeypatch.setattr(mnist, "pick_device", lambda _: torch.device(kind))
+    monkeypatch.setattr(mnist, "load_mnist", lambda *_: (digits(500), digits(100)))
+    monkeypatch.setattr(mnist.Net, "to", lambda _, device, memory_format: layouts.append(memory_format))
+    monkeypatch.setattr(
+        mnist, "fit", lambda _, train_set, *rest: sizes.append(len(train_set[0])) or [{"test_accuracy": 0.0}]
+    )
+    mnist.main(["--dry-run", "--precision", "float32", "--batch-size", "10"])
+    assert layouts == [getattr(torch, layout)]
+    assert sizes == [10 * batches]
+
+
+def test_old_torch_trains_in_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not mnist.has_bfloat16(torch.device("cpu"))
 
 
 def test_emulated_bfloat16_is_warned_of(small_mnist, monkeypatch, capsys):
@@ -148,6 +169,24 @@ def test_dry_run_saves_only_if_told_to(small_mnist):
     assert checkpoint["settings"]["dry_run"]
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "options", "cause"),
+    [
+        (12.6, ["--lr", "3", "--batch-size", "128"], "--batch-size 128, --lr 3.0"),
+        (97.9, [], "the default options"),
+        (98.5, ["--epochs", "1"], None),
+        (12.6, ["--dry-run"], None),
+    ],
+)
+def test_run_that_did_not_learn_says_so(accuracy, options, cause, digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mnist, "load_mnist", lambda *_: (digits(500), digits(100)))
+    monkeypatch.setattr(mnist, "fit", lambda *_: [{"test_accuracy": accuracy}])
+    mnist.main(["--device", "cpu", *options])
+    expected = f"mnist.py: warning: with {cause} it did not learn: the recipe reaches 99.4%\n" if cause else ""
+    assert capsys.readouterr().err == expected
+
+
 # --- Output --------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +226,28 @@ def test_piped_log_grows(start):
     ready, _, _ = select.select([process.stdout], [], [], 60)
     assert ready  # though the training waits for its input to end
     assert process.stdout.readline() == "Total Parameters: 18242\n"
+
+
+@posix
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_closed_streams(closed, start, tmp_path):
+    process = start("--epochs", "1", preexec_fn=lambda: [os.close(number) for number in closed])
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert err == ""
+    mnist.load(tmp_path / "mnist.pt")
+
+
+def test_main_needs_no_streams(small_mnist, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert mnist.main(["--dry-run", "--data-dir", small_mnist])
+
+
+def test_main_runs_in_a_thread(small_mnist):
+    with ThreadPoolExecutor() as pool, contextlib.redirect_stdout(io.StringIO()) as out:
+        assert pool.submit(mnist.main, ["--dry-run", "--data-dir", small_mnist]).result()
+    assert "Final test accuracy" in out.getvalue()
 
 
 @posix
@@ -251,10 +312,11 @@ def test_closed_pipe_ends_quietly(start):
     [
         ("mnist.UserError('put it right')", "mnist.py: error: put it right\n"),
         ("FileNotFoundError(2, 'No such file', 'a.pt')", "mnist.py: error: a.pt: No such file\n"),
+        ("torch.OutOfMemoryError('Out of memory.\\nMore')", "mnist.py: error: Out of memory. Lower --batch-size.\n"),
     ],
 )
 def test_error_is_one_line(error, message, start):
-    process = start(setup=f"def main(): raise {error}\nmnist.main = main")
+    process = start(setup=f"import torch\ndef main(argv): raise {error}\nmnist.main = main")
     _, err = process.communicate()
     assert process.returncode == 1
     assert err == message
@@ -262,7 +324,7 @@ def test_error_is_one_line(error, message, start):
 
 @pytest.mark.parametrize("error", ["ValueError('a bug')", "OSError(5, 'no file to name')"])
 def test_unexpected_error_keeps_its_traceback(error, start):
-    process = start(setup=f"def main(): raise {error}\nmnist.main = main")
+    process = start(setup=f"import torch\ndef main(argv): raise {error}\nmnist.main = main")
     _, err = process.communicate()
     assert process.returncode == 1
     assert "Traceback" in err

@@ -3,12 +3,19 @@
 import contextlib
 import functools
 import http.server
+import os
 import re
+import shutil
 import signal
+import ssl
 import struct
+import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -27,10 +34,10 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused 
 
 @pytest.fixture
 def assert_loads(digits, small_mnist):
-    """A function that asserts that the small data set is loaded as it should be."""
+    """A function that asserts that the small data set is loaded as it should be, from its --data-dir or another."""
 
-    def check():
-        for (images, labels), n in zip(mnist.load_mnist(small_mnist), (500, 100), strict=True):
+    def check(data_dir=small_mnist):
+        for (images, labels), n in zip(mnist.load_mnist(data_dir), (500, 100), strict=True):
             expected_images, expected_labels = digits(n)
             assert images.dtype == torch.uint8
             assert torch.equal(images, expected_images)
@@ -51,15 +58,39 @@ def test_archives_alone_are_enough(assert_loads, offline):
 
 def test_raw_files_alone_are_enough(raw, assert_loads, offline):
     for name in mnist.FILES:
-        (raw / name).write_bytes(mnist.read_file(raw, name))
+        (raw / name).write_bytes(mnist.read_file([raw], name))
         (raw / f"{name}.gz").unlink()
     assert_loads()
+
+
+@pytest.mark.parametrize("folder", ["MNIST/raw", "raw", "."])
+@pytest.mark.parametrize("separator", ["-", "."])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_layout_is_found_and_left_alone(folder, separator, suffix, raw, tmp_path, assert_loads, offline):
+    other = tmp_path / "other"
+    (other / folder).mkdir(parents=True)
+    for name in mnist.FILES:
+        content = (raw / f"{name}.gz").read_bytes() if suffix else mnist.read_file([raw], name)
+        (other / folder / f"{name.replace('-idx', f'{separator}idx')}{suffix}").write_bytes(content)
+    paths = sorted(other.rglob("*"))
+    for named in filter(Path.is_dir, [other, *paths]):
+        assert_loads(named)
+    assert sorted(other.rglob("*")) == paths
+
+
+@pytest.mark.parametrize("named", ["MNIST", "MNIST/raw"])
+def test_download_completes_the_folder_that_is_named(named, archives, tmp_path, raw, assert_loads, monkeypatch):
+    (raw / ARCHIVES[0]).write_bytes(archives[ARCHIVES[0]])
+    with mirror(good(archives)) as url:
+        monkeypatch.setattr(MNIST, "mirrors", [url])
+        assert_loads(tmp_path / "data" / named)
+    assert sorted(path.name for path in raw.iterdir()) == sorted(ARCHIVES)
 
 
 @posix
 def test_read_only_folder_works(start, raw, read_only, unprivileged):
     name = next(iter(mnist.FILES))
-    (raw / name).write_bytes(mnist.read_file(raw, name))  # one file raw, the others as .gz alone
+    (raw / name).write_bytes(mnist.read_file([raw], name))  # one file raw, the others as .gz alone
     read_only(*raw.iterdir(), raw, raw.parent, raw.parent.parent)
     process = start("--dry-run", preexec_fn=unprivileged)
     _, err = process.communicate()
@@ -79,7 +110,7 @@ FAULTY_RAW_FILES = {
 @pytest.mark.parametrize("fault", FAULTY_RAW_FILES)
 def test_faulty_raw_file(fault, raw, small_mnist, assert_loads, offline, capsys):
     name = "train-labels-idx1-ubyte"
-    (raw / name).write_bytes(FAULTY_RAW_FILES[fault](mnist.read_file(raw, name)))
+    (raw / name).write_bytes(FAULTY_RAW_FILES[fault](mnist.read_file([raw], name)))
     assert_loads()  # from the archive
     assert f"{raw / name} is damaged" in capsys.readouterr().err
 
@@ -95,7 +126,7 @@ def test_damage_anywhere(data, raw, assert_loads, monkeypatch):
     name = data.draw(st.sampled_from(sorted(mnist.FILES)))
     path = raw / data.draw(st.sampled_from([name, f"{name}.gz"]))
     archive = (raw / f"{name}.gz").read_bytes()
-    content = archive if path.suffix else mnist.read_file(raw, name)
+    content = archive if path.suffix else mnist.read_file([raw], name)
     at = data.draw(st.integers(0, len(content) - 1))
     damaged = data.draw(
         st.sampled_from(
@@ -123,8 +154,11 @@ def test_damage_anywhere(data, raw, assert_loads, monkeypatch):
 
 
 @contextlib.contextmanager
-def mirror(answer):
-    """Serve HTTP on the loopback: answer(handler, file name) replies to each GET. Yields the mirror's URL."""
+def mirror(answer, context=None):
+    """Serve HTTP, or HTTPS with an SSLContext, on the loopback: answer(handler, file name) replies to each GET.
+
+    Yields the mirror's URL.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -135,9 +169,12 @@ def mirror(answer):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # a client that does not trust it hangs up
+    if context:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/"
+        yield f"{'https' if context else 'http'}://127.0.0.1:{server.server_port}/"
     finally:
         server.shutdown()
         server.server_close()
@@ -190,9 +227,12 @@ def archives(raw):
 def test_no_files_and_no_network(tmp_path, offline):
     with pytest.raises(mnist.UserError) as error:
         mnist.load_mnist(tmp_path / "nowhere")
-    for part in (str(tmp_path / "nowhere" / "MNIST" / "raw"), "--data-dir", "MNIST_DATA", *ARCHIVES):
-        assert part in str(error.value)
-    assert "\n" not in str(error.value)
+    wanted, tried, remedy = str(error.value).splitlines()
+    assert wanted.startswith(f"no intact {ARCHIVES[0]} in {tmp_path / 'nowhere' / 'MNIST' / 'raw'} or ")
+    assert "127.0.0.1:9: <urlopen error" in tried
+    assert "{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz" in remedy
+    assert "--data-dir or MNIST_DATA" in remedy
+    assert len(remedy) < 120
 
 
 @pytest.mark.parametrize("fault", FAULTY_MIRRORS)
@@ -207,10 +247,43 @@ def test_next_mirror_is_tried(fault, archives, raw, assert_loads, monkeypatch):
 def test_no_good_mirror(fault, archives, raw, small_mnist, monkeypatch):
     with mirror(faulty(fault, archives)) as only:
         monkeypatch.setattr(MNIST, "mirrors", [only])
-        with pytest.raises(mnist.UserError, match=re.escape(only + ARCHIVES[0])) as error:
+        with pytest.raises(mnist.UserError, match=re.escape(urlsplit(only).netloc)) as error:
             mnist.load_mnist(small_mnist)
-    assert "\n" not in str(error.value)
+    assert len(str(error.value).splitlines()) == 3
     assert list(raw.iterdir()) == []
+
+
+@posix
+def test_unknown_certificate_has_a_remedy(archives, small_mnist, tmp_path, monkeypatch):
+    if not shutil.which("openssl"):
+        pytest.skip("there is no openssl to sign a certificate with")
+    pem = tmp_path / "server.pem"
+    options = ["-x509", "-nodes", "-newkey", "rsa:2048", "-subj", "/CN=127.0.0.1", "-keyout", pem, "-out", pem]
+    subprocess.run(["openssl", "req", *options], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    with mirror(good(archives), context) as url:
+        monkeypatch.setattr(MNIST, "mirrors", [url])
+        with pytest.raises(mnist.UserError, match=r"CERTIFICATE_VERIFY_FAILED.*set SSL_CERT_FILE"):
+            mnist.load_mnist(small_mnist)
+
+
+def test_torchvision_that_does_not_fit(tmp_path):
+    """As it fails with a torch that it was not built for."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    done = subprocess.run(
+        [sys.executable, mnist.__file__, "--dry-run", "--data-dir", tmp_path],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    _, tried, _ = done.stderr.splitlines()
+    versions = f"torchvision {version('torchvision')} does not work with torch {torch.__version__}"
+    assert f"{versions} (operator torchvision::nms does not exist): pip install --upgrade torch torchvision" in tried
 
 
 def test_silent_mirror_is_given_up(archives, assert_loads, monkeypatch):

@@ -143,6 +143,33 @@ def test_other_files_are_no_checkpoint(tmp_path):
         assert_no_checkpoint()
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("bare", [False, True])
+def test_weights_as_others_save_them(prefix, bare, tmp_path):
+    model = mnist.Net()
+    state_dict = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save(state_dict if bare else {"state_dict": state_dict}, tmp_path / "weights.pt")
+    loaded, _ = mnist.load(tmp_path / "weights.pt")
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_misfit_is_named(tmp_path):
+    path = tmp_path / "weights.pt"
+
+    def message(state_dict):
+        torch.save(state_dict, path)
+        with pytest.raises(mnist.UserError) as error:
+            mnist.load(path)
+        return str(error.value)
+
+    weights = mnist.Net().state_dict()
+    assert "size mismatch for fc.bias" in message(weights | {"fc.bias": torch.zeros(11)})
+    assert "torch.Size([11])" in message(weights | {"fc.bias": torch.zeros(11)})
+    assert '"fc2.bias"' in message(weights | {"fc2.bias": torch.zeros(10)})
+    assert '"fc.bias"' in message({name: tensor for name, tensor in weights.items() if name != "fc.bias"})
+    assert len(message({"conv1.bias": torch.zeros(16)})) < 300
+
+
 def test_own_weights_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert mnist.find_weights() == Path(mnist.__file__).with_name("pretrained.pt")

@@ -1,7 +1,9 @@
 """predict.py: pictures brought to MNIST's form, and what it answers."""
 
+import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -247,6 +249,34 @@ def test_full_disk_is_named(folder, full_disk):
     assert done.returncode == 1
     assert done.stderr.endswith("predict.py: error: seen.png: File too large\n")
     assert Path("seen.png").read_bytes() == b"an earlier sheet"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a stream is closed by POSIX means")
+def test_closed_standard_input(folder):
+    command = [sys.executable, predict.__file__, "-"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: os.close(0))
+    assert done.returncode == 1
+    assert done.stderr.endswith("predict.py: error: -: there is no standard input: name a file\n")
+
+
+def test_wildcard_that_the_shell_left(folder):
+    for name in ("b.png", "a.png", "c[1].png"):
+        Path(name).write_bytes(png(seven()))
+    assert [result["picture"] for result in predict.main(["?.png"])] == ["a.png", "b.png"]
+    assert [result["picture"] for result in predict.main(["c[1].png"])] == ["c[1].png"]
+
+
+@pytest.mark.parametrize("script", ["predict.py", "report.py"])
+def test_isolated_python_finds_mnist(script, tmp_path):
+    path = Path(predict.__file__).with_name(script)
+    subprocess.run([sys.executable, "-I", path, "--help"], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_output_can_be_any_stream(folder):
+    Path("a.png").write_bytes(png(seven()))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        predict.main(["a.png"])
+    assert out.getvalue().startswith("a.png: ")
 
 
 def test_missing_weights_are_named(folder):

@@ -40,6 +40,13 @@ def test_mistakes_are_shown(wrong, title, checkpoint, digits, monkeypatch):
     report.plt.close(figure)
 
 
+def test_weights_alone_have_no_curve(small_mnist, folder, checkpoint):
+    torch.save(checkpoint["state_dict"], "mnist.pt")
+    report.main(["--data-dir", small_mnist])
+    with Image.open("report.png") as image:
+        assert image.width > 1500
+
+
 def test_augmentation_is_drawn(small_mnist, folder):
     report.main(["--augmentation", "--data-dir", small_mnist, "--out", "row.png"])
     with Image.open("row.png") as image:
@@ -60,7 +67,8 @@ def test_missing_folder_is_named(small_mnist, folder, monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
 def test_full_disk_is_named(folder, full_disk):
     Path("report.png").write_bytes(b"an earlier report")
-    done = subprocess.run([sys.executable, report.__file__], capture_output=True, text=True, preexec_fn=full_disk)
+    command = [sys.executable, report.__file__, "--augmentation"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=full_disk)
     assert done.returncode == 1
     assert done.stderr == "report.py: error: report.png: File too large\n"
     assert Path("report.png").read_bytes() == b"an earlier report"

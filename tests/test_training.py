@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import mnist
 
@@ -107,32 +108,31 @@ def test_infinite_loss_stops_the_run(small_mnist, tmp_path):
 # --- On a GPU ------------------------------------------------------------------------------------------------------
 
 
-def test_step_reads_nothing_back(digits, monkeypatch):
-    """What a CUDA graph can capture reads no value back from the device, and has no shapes that depend on values."""
+def test_step_stays_on_its_device(digits, monkeypatch):
+    """What a CUDA graph can capture: on the meta device, where nothing has a value, the whole step runs and stays."""
 
-    class NoReading(TorchDispatchMode):
+    class MetaOnly(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            assert function.overloadpacket._qualified_op_name not in (
-                "aten::_local_scalar_dense",
-                "aten::nonzero",
-                "aten::masked_select",
-                "aten::_unique2",
-            )
-            return function(*args, **kwargs or {})
+            result = function(*args, **kwargs or {})
+            devices = {
+                leaf.device.type for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)
+            }
+            assert devices <= {"meta"}, f"{function} on {devices}"
+            return result
 
-    steps, batches = [], mnist.train_batches
-
-    def train_batches(*args):
-        for index in batches(*args):
-            with NoReading():  # until fit() asks for the next batch
-                steps.append(index)
-                yield index
+    def train_batches(losses, batch_size, _):
+        with MetaOnly():  # until fit() asks for the next batch
+            yield torch.empty(batch_size, dtype=torch.int64, device="meta")
+            raise EOFError
 
     monkeypatch.setattr(mnist, "train_batches", train_batches)
-    mnist.fit(mnist.Net(), digits(60), digits(10), epochs=2, batch_size=20, lr=0.01)
-    assert len(steps) == 6
-    with pytest.raises(AssertionError), NoReading():
-        torch.ones(2).sum().item()
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # does not know the meta device
+    monkeypatch.setattr(mnist.time, "perf_counter", lambda: 0)  # so that fit() does not read the totals
+    train_set = [tensor.to("meta") for tensor in digits(60)]
+    with pytest.raises(EOFError):
+        mnist.fit(mnist.Net().to("meta"), train_set, digits(10), epochs=1, batch_size=20, lr=0.01)
+    with pytest.raises(AssertionError, match="on"), MetaOnly():
+        torch.ones(2)
 
 
 def test_graph_replays_each_batch_once(monkeypatch):
@@ -140,7 +140,7 @@ def test_graph_replays_each_batch_once(monkeypatch):
     done, recorded = [], []
 
     @contextlib.contextmanager
-    def graph(_):
+    def graph(_, stream):
         recorded.append(len(done))
         yield
         recorded.append(done.pop())  # nothing runs while a graph is captured
@@ -153,17 +153,24 @@ def test_graph_replays_each_batch_once(monkeypatch):
         done.append(index if len(recorded) == 1 else index.clone())
 
     class Stream:
+        created = 0
+
+        def __init__(self):
+            Stream.created += 1
+
         def wait_stream(self, _):
             pass
 
     for name, stand_in in (("graph", graph), ("CUDAGraph", CUDAGraph), ("Stream", Stream)):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    current = Stream()
     batches = torch.arange(60).split(6)
     graphed = mnist.GraphedStep(step)
     for index in batches:
         graphed(index)
+    assert Stream.created == 2  # and not one more for each call
     assert len(recorded) == 2
     assert torch.equal(torch.stack(done), torch.stack(batches))
     assert torch.equal(torch.cat(batches), torch.arange(60))  # not written over
