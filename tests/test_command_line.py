@@ -222,7 +222,8 @@ def test_help_names_every_option():
 
 @posix
 def test_piped_log_grows(start):
-    process = start("--dry-run", setup="mnist.fit = lambda *args: sys.stdin.read()", stdin=subprocess.PIPE)
+    wait = "mnist.fit = lambda *args: sys.stdin.read()"
+    process = start("--dry-run", setup=wait, stdin=subprocess.PIPE, env={"PYTHONUNBUFFERED": ""})
     ready, _, _ = select.select([process.stdout], [], [], 60)
     assert ready  # though the training waits for its input to end
     assert process.stdout.readline() == "Total Parameters: 18242\n"

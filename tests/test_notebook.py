@@ -11,7 +11,7 @@ import mnist
 ROOT = Path(mnist.__file__).parent
 CELLS = {
     "run": f"%run {ROOT}/mnist.py --dry-run",
-    "signals": "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)",
+    "signals": "import signal; print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)",
     "import": f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mnist, predict, report",
     "bar": "mnist.main(['--dry-run'])['test_accuracy']",
     "thread": "import threading; t = threading.Thread(target=mnist.main, args=(['--dry-run'],)); t.start(); t.join()",

@@ -259,11 +259,28 @@ def test_closed_standard_input(folder):
     assert done.stderr.endswith("predict.py: error: -: there is no standard input: name a file\n")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a stream is closed by POSIX means")
+def test_closed_standard_error(folder):
+    Path("a.png").write_bytes(png(seven()))
+    command = [sys.executable, predict.__file__, "a.png", "missing.png"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: os.close(2))
+    assert done.returncode == 1
+    assert len(done.stdout.splitlines()) == 1  # the messages do not take its place
+
+
 def test_wildcard_that_the_shell_left(folder):
-    for name in ("b.png", "a.png", "c[1].png"):
+    for name in ("d.png", "b.png", "a.png", "e.png", "c.png", "c1.png", "c[1].png"):
         Path(name).write_bytes(png(seven()))
-    assert [result["picture"] for result in predict.main(["?.png"])] == ["a.png", "b.png"]
+    assert [result["picture"][0] for result in predict.main(["?.png"])] == ["a", "b", "c", "d", "e"]
     assert [result["picture"] for result in predict.main(["c[1].png"])] == ["c[1].png"]
+
+
+def test_name_that_the_output_cannot_encode(folder):
+    Path("é.png").write_bytes(png(seven()))
+    command = [sys.executable, predict.__file__, "é.png"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.startswith("\\xe9.png: ")
 
 
 @pytest.mark.parametrize("script", ["predict.py", "report.py"])

@@ -141,6 +141,7 @@ def test_graph_replays_each_batch_once(monkeypatch):
 
     @contextlib.contextmanager
     def graph(_, stream):
+        assert stream is graphed.stream
         recorded.append(len(done))
         yield
         recorded.append(done.pop())  # nothing runs while a graph is captured
