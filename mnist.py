@@ -184,7 +184,7 @@ class Muon:
     https://kellerjordan.github.io/posts/muon/. Over `steps` steps the learning rate climbs to `lr` and falls to zero.
 
     The parameters become views of one buffer, and their gradients of another, so that one operation updates them all.
-    All state is on the model's device, for a CUDA graph. torch.optim.Muon takes only matrices, and goes one by one.
+    All state is on the model's device, for a CUDA graph. torch.optim.Muon takes only matrices, one at a time.
     """
 
     def __init__(self, model, lr, steps):
@@ -466,7 +466,7 @@ def find_weights(path=None):
 def load(path):
     """Return (model, checkpoint) of a file that main() saved: a Net in evaluation mode, and everything in the file.
 
-    Weights alone are read too, and names as DataParallel and torch.compile prefix them.
+    A bare state dict is read too, and so are names with the prefixes of DataParallel and torch.compile.
     Raises OSError if the file cannot be read, and UserError if it does not hold the weights of this network.
     """
     model, content = Net(), io.BytesIO(Path(path).read_bytes())
@@ -498,7 +498,7 @@ def prepare_streams():
 
 
 def run(main):
-    """Run a script's main(argv). An error that a user can cause ends it in one line on stderr, without a traceback.
+    """Run a script's main(argv). An error that a user can cause ends it with a message on stderr, not a traceback.
 
     The exit status is 1 after a UserError or a file that cannot be read or written, 130 after Ctrl-C, 143 after
     SIGTERM, and 141 if the reader of the output is gone (`python mnist.py | head -1`).
@@ -597,10 +597,10 @@ def parse_args(argv):
     add("--seed", type=seed, default=0, help="random seed (default: %(default)s)")
     add("--device", type=pick_device, default="auto", metavar="{auto,cpu,cuda,mps}", help="default: %(default)s")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where native")
-    add("--data-dir", type=Path, default=default_data_dir(), help="folder of MNIST/raw (default: $MNIST_DATA or data/)")
+    add("--data-dir", type=Path, default=default_data_dir(), help="folder of the data (default: $MNIST_DATA or data/)")
     add("--save-model", type=writable, metavar="PATH", help="weights file (default: mnist.pt; none in a dry run)")
     add("--validate", action="store_true", help="train on the first 50,000 training images, test on the other 10,000")
-    add("--dry-run", action="store_true", help="train and test on a single batch")
+    add("--dry-run", action="store_true", help="train on one batch (four on CUDA), test on one")
     add("--summary", action="store_true", help="print the layers of the network and exit")
     args = parser.parse_args(argv)
     images = TRAIN_SIZE - VALIDATION_SIZE * args.validate

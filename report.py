@@ -141,12 +141,8 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="report.py", description="Draw what the trained network learned.")
     add = parser.add_argument
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
-    add(
-        "--data-dir",
-        type=Path,
-        default=mnist.default_data_dir(),
-        help="holds MNIST/raw (default: $MNIST_DATA or data/)",
-    )
+    data_dir = mnist.default_data_dir()
+    add("--data-dir", type=Path, default=data_dir, help="folder of the data (default: $MNIST_DATA or data/)")
     add("--out", type=Path, default="report.png", help=".png, .pdf or .svg (default: %(default)s)")
     add("--augmentation", action="store_true", help="draw what augmentation does to a row of digits instead")
     args = parser.parse_args(argv)

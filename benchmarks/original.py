@@ -55,7 +55,7 @@ def main(argv=()):
     add = parser.add_argument
     add("--epochs", type=count, default=EPOCHS, help="default: %(default)s")
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--data-dir", type=Path, default=mnist.default_data_dir(), help="holds MNIST/raw")
+    add("--data-dir", type=Path, default=mnist.default_data_dir(), help="folder of the data")
     add("--dry-run", action="store_true", help="train and test on a single batch")
     add("--out", type=mnist.writable, metavar="PATH", help="also write the history here, as JSON")
     args = parser.parse_args(argv)

@@ -297,8 +297,8 @@ def parse_args(argv):
     device = functools.partial(call, find_device)
     add("--device", type=device, default="auto", metavar="{auto,cpu,cuda,mps}", help="default: %(default)s")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where native")
-    add("--data-dir", type=Path, default=mnist.default_data_dir(), help="holds MNIST/raw")
-    add("--dry-run", action="store_true", help="train and test on a single batch")
+    add("--data-dir", type=Path, default=mnist.default_data_dir(), help="folder of the data")
+    add("--dry-run", action="store_true", help="try everything on a batch or a few")
     add("--out", type=mnist.writable, metavar="PATH", help="write here after every run; continue what it holds")
     add(
         "--join",

@@ -18,6 +18,8 @@ from scipy import ndimage
 import mnist
 import predict
 
+posix = pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
+
 
 def seven(size=100, left=30, top=20):
     """Return a 7 in dark ink on light paper, 25 x 40 pixels, as an array (size, size)."""
@@ -240,7 +242,7 @@ def test_standard_input(folder):
     assert done.stdout.startswith(b"-: ")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
+@posix
 def test_full_disk_is_named(folder, full_disk):
     Path("a.png").write_bytes(png(noisy(seven())))
     Path("seen.png").write_bytes(b"an earlier sheet")
@@ -251,7 +253,7 @@ def test_full_disk_is_named(folder, full_disk):
     assert Path("seen.png").read_bytes() == b"an earlier sheet"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a stream is closed by POSIX means")
+@posix
 def test_closed_standard_input(folder):
     command = [sys.executable, predict.__file__, "-"]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: os.close(0))
@@ -259,7 +261,7 @@ def test_closed_standard_input(folder):
     assert done.stderr.endswith("predict.py: error: -: there is no standard input: name a file\n")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a stream is closed by POSIX means")
+@posix
 def test_closed_standard_error(folder):
     Path("a.png").write_bytes(png(seven()))
     command = [sys.executable, predict.__file__, "a.png", "missing.png"]
