@@ -85,6 +85,18 @@ mnist.fit = fit_then_fill_the_disk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "mnist.pt"]
 
 
+@posix
+def test_file_is_replaced_whole(tmp_path):
+    """Whoever has the old file open still reads all of it, so at no time is there half of either."""
+    path = tmp_path / "mnist.pt"
+    path.write_bytes(b"an earlier run")
+    with path.open("rb") as file:
+        mnist.write(b"a later run", path)
+        assert file.read() == b"an earlier run"
+    assert path.read_bytes() == b"a later run"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 # --- Reading -------------------------------------------------------------------------------------------------------
 
 
