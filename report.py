@@ -1,4 +1,4 @@
-"""Draw what the trained network learned: the curve, the confusions, and every test digit it gets wrong.
+"""Draw what the trained network learned: the curve, the confusions, the calibration, and every mistake.
 
 Usage:
     python report.py                               # mnist.pt, else pretrained.pt; the figure goes to report.png
@@ -23,7 +23,23 @@ matplotlib.use("Agg")  # needs no display
 plt.rcParams.update({"font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left"})
 FORMATS = (".png", ".pdf", ".svg")
 MAX_MISTAKES, COLUMNS = 300, 15  # with more columns the captions would touch
+BINS = 15  # of the reliability diagram, as is usual
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito's palette, safe for the colour-blind
+
+
+def reliability(probabilities, labels):
+    """Return (confidence, accuracy, count, error) of predictions (N, 10).
+
+    The first three are (BINS,): the means over the predictions whose confidence lies in each bin, NaN in an empty one,
+    and their number. The error is the expected calibration error (Guo et al., arXiv:1706.04599), from 0 to 1.
+    """
+    confidence, predicted = probabilities.max(dim=1)
+    bins = (confidence * BINS).long().clamp_max(BINS - 1)
+    count = torch.bincount(bins, minlength=BINS)
+    confidence = torch.bincount(bins, confidence, BINS) / count
+    accuracy = torch.bincount(bins, (predicted == labels).float(), BINS) / count
+    error = ((confidence - accuracy).abs() * count).nansum() / len(labels)
+    return confidence, accuracy, count, error.item()
 
 
 def draw_curve(axes, history, name):
@@ -77,6 +93,21 @@ def draw_accuracy(ax, counts):
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def draw_reliability(ax, probabilities, labels):
+    """Draw how often predictions (N, 10) of each confidence are right, with their numbers."""
+    confidence, accuracy, count, error = reliability(probabilities, labels)
+    ax.plot([0, 100], [0, 100], color="grey", linestyle="--", linewidth=1)
+    ax.plot(100 * confidence[count > 0], 100 * accuracy[count > 0], color=BLUE, marker="o")
+    for x, y, n in zip(confidence.tolist(), accuracy.tolist(), count.tolist(), strict=True):
+        if n:
+            ax.annotate(
+                f"{n:,}", (100 * x, 100 * y), (0, -6), textcoords="offset points", ha="center", va="top", size=8
+            )
+    ax.set(title=f"Calibration error {100 * error:.2f} %", xlabel="probability given, %", ylabel="right, %")
+    ax.set_ylim(bottom=-15)  # room for the numbers
+    ax.grid(alpha=0.3)
+
+
 def draw_mistakes(figure, images, captions):
     """Draw images (N, 28, 28), each with its caption below."""
     axes = figure.subplots(max(1, math.ceil(len(images) / COLUMNS)), COLUMNS, squeeze=False).flatten()
@@ -88,8 +119,9 @@ def draw_mistakes(figure, images, captions):
 
 
 def draw_report(model, checkpoint, images, labels, name):
-    """Return the figure: curve, confusion matrix and accuracy per digit above, the mistakes on the images below."""
-    confidence, predicted = mnist.classify(model, images).softmax(dim=1).max(dim=1)
+    """Return the figure: curve, confusion matrix, accuracy per digit and reliability above, the mistakes below."""
+    probabilities = mnist.classify(model, images).softmax(dim=1)
+    confidence, predicted = probabilities.max(dim=1)
     counts = torch.bincount(10 * labels + predicted, minlength=100).view(10, 10)
     wrong = (predicted != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)]
@@ -109,7 +141,9 @@ def draw_report(model, checkpoint, images, labels, name):
     if "history" in checkpoint:  # not if the file holds the weights alone
         draw_curve(curve.subplots(2, sharex=True), checkpoint["history"], name)
     draw_confusion(confusion.subplots(), counts)
-    draw_accuracy(digits.subplots(), counts)
+    above_right, below_right = digits.subplots(2)
+    draw_accuracy(above_right, counts)
+    draw_reliability(below_right, probabilities, labels)
 
     title = {0: "No mistakes", 1: "The one mistake"}.get(len(wrong), f"All {len(wrong)} mistakes")
     if len(wrong) > MAX_MISTAKES:

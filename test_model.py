@@ -52,8 +52,9 @@ def test_above_99_4_percent_within_20_epochs(tmp_path):
     # The saved weights are the ones that were tested.
     model, checkpoint = mnist.load(path)
     _, test_set = mnist.load_mnist(mnist.default_data_dir())
-    _, correct = mnist.test(model, *test_set)
+    loss, correct = mnist.test(model, *test_set)
     assert correct / 100 == pytest.approx(results["test_accuracy"], abs=0.02)  # rounding, if trained in bfloat16
+    assert loss == pytest.approx(results["test_loss"], rel=0.02) < results["history"][-1]["test_loss"] / 3
     assert checkpoint["history"] == results["history"]
 
 

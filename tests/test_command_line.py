@@ -56,7 +56,8 @@ def test_refusal_says_what_is_expected(capsys):
 @settings(max_examples=100, deadline=None)
 @given(
     option=st.sampled_from(["--epochs", "--batch-size", "--lr", "--seed", "--device", "--precision"]),
-    value=st.one_of(st.text(max_size=8), st.integers().map(str), st.floats().map(str)),
+    # Python before 3.13 drops a "--" that is the value of an option: github.com/python/cpython/issues/59317
+    value=st.one_of(st.text(max_size=8), st.integers().map(str), st.floats().map(str)).filter("--".__ne__),
 )
 def test_any_value_is_taken_or_refused(option, value):
     err, status = io.StringIO(), 0
@@ -110,7 +111,9 @@ def test_gpu_has_its_layout_and_dry_run(kind, layout, batches, digits, monkeypat
     monkeypatch.setattr(mnist, "load_mnist", lambda *_: (digits(500), digits(100)))
     monkeypatch.setattr(mnist.Net, "to", lambda _, device, memory_format: layouts.append(memory_format))
     monkeypatch.setattr(
-        mnist, "fit", lambda _, train_set, *rest: sizes.append(len(train_set[0])) or [{"test_accuracy": 0.0}]
+        mnist,
+        "fit",
+        lambda _, train_set, *rest: sizes.append(len(train_set[0])) or [{"test_accuracy": 0, "test_loss": 9}],
     )
     mnist.main(["--dry-run", "--precision", "float32", "--batch-size", "10"])
     assert layouts == [getattr(torch, layout)]
@@ -139,7 +142,9 @@ def test_data_dir_has_two_defaults(monkeypatch):
 
 def test_validation_is_the_last_10_000(small_mnist, digits, monkeypatch, capsys):
     sets = []
-    monkeypatch.setattr(mnist, "fit", lambda model, *args: sets.extend(args[:2]) or [{"test_accuracy": 0.0}])
+    monkeypatch.setattr(
+        mnist, "fit", lambda model, *args: sets.extend(args[:2]) or [{"test_accuracy": 0, "test_loss": 9}]
+    )
     mnist.main(["--validate", "--data-dir", small_mnist])
     images, labels = digits(500)
     for (set_images, set_labels), part in zip(sets, (slice(400), slice(400, 500)), strict=True):
@@ -181,7 +186,7 @@ def test_dry_run_saves_only_if_told_to(small_mnist):
 def test_run_that_did_not_learn_says_so(accuracy, options, cause, digits, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mnist, "load_mnist", lambda *_: (digits(500), digits(100)))
-    monkeypatch.setattr(mnist, "fit", lambda *_: [{"test_accuracy": accuracy}])
+    monkeypatch.setattr(mnist, "fit", lambda *_: [{"test_accuracy": accuracy, "test_loss": 9}])
     mnist.main(["--device", "cpu", *options])
     expected = f"mnist.py: warning: with {cause} it did not learn: the recipe reaches 99.4%\n" if cause else ""
     assert capsys.readouterr().err == expected
@@ -199,6 +204,7 @@ Total Parameters: 18242
 Training on cpu, N threads?, float32: 1 x 5 batches of 100
 Test set: Average loss: N, Accuracy: N/100 (N%)
 Epoch 1: Train Accuracy: N%, Test Accuracy: N%
+Calibrated: logits x N, test loss N -> N
 Final test accuracy N% with 18,242 parameters after epoch 1, in N s
 Saved the weights to mnist.pt
 """

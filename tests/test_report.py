@@ -40,6 +40,24 @@ def test_mistakes_are_shown(wrong, title, checkpoint, digits, monkeypatch):
     report.plt.close(figure)
 
 
+def test_calibration_error_is_the_mean_gap():
+    shares = torch.tensor([0.5] * 4 + [0.9] * 6)  # of the first class; 1 of 4 and 6 of 6 are right
+    probabilities = torch.stack([shares, *[(1 - shares) / 9] * 9], dim=1)
+    labels = torch.tensor([0, 1, 2, 3] + [0] * 6)
+    confidence, accuracy, count, error = report.reliability(probabilities, labels)
+    filled = count > 0
+    assert count[filled].tolist() == [4, 6]
+    assert torch.allclose(confidence[filled], torch.tensor([0.5, 0.9]))
+    assert torch.allclose(accuracy[filled], torch.tensor([0.25, 1]))
+    assert error == pytest.approx(0.4 * 0.25 + 0.6 * 0.1)
+
+
+def test_reliability_is_drawn(checkpoint, digits):
+    figure = report.draw_report(mnist.Net(), checkpoint, *digits(20), "test")
+    assert any(ax.get_title(loc="left").startswith("Calibration error") for ax in figure.axes)
+    report.plt.close(figure)
+
+
 def test_weights_alone_have_no_curve(small_mnist, folder, checkpoint):
     torch.save(checkpoint["state_dict"], "mnist.pt")
     report.main(["--data-dir", small_mnist])

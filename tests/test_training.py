@@ -292,6 +292,17 @@ def test_testing_changes_nothing(digits):
     assert all(torch.equal(*pair) for pair in zip(before, model.state_dict().values(), strict=True))
 
 
+def test_calibration_finds_the_scale(repeatable_model):
+    images = torch.randint(256, (3000, 28, 28), dtype=torch.uint8)
+    with torch.no_grad():
+        repeatable_model.fc.weight.mul_(20)
+    before = mnist.classify(repeatable_model, images)
+    labels = torch.multinomial((2 * before).softmax(dim=1), 1).squeeze(1)
+    scale = mnist.calibrate(repeatable_model, images, labels)
+    assert scale == pytest.approx(2, abs=0.3)
+    assert torch.allclose(mnist.classify(repeatable_model, images), scale * before, rtol=1e-3, atol=1e-3)
+
+
 # --- Reproducibility -----------------------------------------------------------------------------------------------
 
 
