@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import mnist
+import report
 from benchmarks import original
 
 ROOT = Path(mnist.__file__).resolve().parent
@@ -117,6 +118,14 @@ def training_flops():
 # --- Many runs -----------------------------------------------------------------------------------------------------
 
 
+def calibration_error(weights, args):
+    """Return the calibration error in % of the network in the file `weights`, as report.py gives it."""
+    model, _ = mnist.load(weights)
+    train_set, test_set = mnist.load_mnist(args.data_dir)
+    images, labels = [part[-mnist.VALIDATION_SIZE :] for part in train_set] if args.validate else test_set
+    return 100 * report.reliability(mnist.classify(model, images).softmax(dim=1), labels)[-1]
+
+
 def train_once(seed, args):
     """Run mnist.py with one seed; return the figures of the run, as a dictionary for JSON."""
     program = ["mnist.py"]
@@ -131,9 +140,12 @@ def train_once(seed, args):
         options += ["--validate"] * args.validate + ["--dry-run"] * args.dry_run
         seconds, memory = run_process([*program, *options])
         results = torch.load(weights, weights_only=True)
+        error = None if "Net" in args.set else calibration_error(weights, args)
     return {
         "seed": seed,
         "accuracy": results["test_accuracy"],
+        "loss": results["test_loss"],
+        "calibration_error": error,
         "loop_seconds": sum(epoch["seconds"] for epoch in results["history"]),
         "training_seconds": results["seconds"],
         "process_seconds": seconds,
@@ -221,6 +233,9 @@ def summarize(benchmark):
     for figure in ("training_seconds", "process_seconds", "peak_memory_mb"):
         values = [run[figure] for run in runs if run[figure] is not None]
         summary[figure] = statistics.median(values) if values else None
+    for figure in ("loss", "calibration_error"):
+        values = [run[figure] for run in runs if run.get(figure) is not None]  # earlier versions did not measure them
+        summary[figure] = statistics.mean(values) if values else None
     if not settings["dry_run"]:
         images = settings["epochs"] * (mnist.TRAIN_SIZE - mnist.VALIDATION_SIZE * settings["validate"])
         arithmetic = images * training_flops()
@@ -262,6 +277,8 @@ def print_summary(benchmark):
             f"whole process, median of the pairs{' (extrapolated)' if epochs != original.EPOCHS else ''}."
         )
     print()
+    if summary["calibration_error"] is not None:
+        print(f"The mean {kind} loss is {summary['loss']:.4f}; calibration error {summary['calibration_error']:.2f} %.")
     if benchmark["import_memory_mb"] and summary["peak_memory_mb"]:
         above = summary["peak_memory_mb"] - benchmark["import_memory_mb"]
         print(f"The peak memory is {above:.0f} MB above that of `import torch, torchvision`.")

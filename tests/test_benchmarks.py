@@ -20,7 +20,15 @@ def runs(monkeypatch, tmp_path):
     def train_once(seed, _args):
         if accuracies[seed] is None:
             raise KeyboardInterrupt
-        figures = ("loop_seconds", "training_seconds", "process_seconds", "peak_memory_mb", "matmul_flops")
+        figures = (
+            "loss",
+            "calibration_error",
+            "loop_seconds",
+            "training_seconds",
+            "process_seconds",
+            "peak_memory_mb",
+            "matmul_flops",
+        )
         return {"seed": seed, "accuracy": accuracies[seed], **dict.fromkeys(figures, 10.0 * (seed + 1))}
 
     def train_baseline_once(seed, _args):
@@ -41,6 +49,8 @@ def test_two_runs_beside_the_original(tmp_path, capsys):
     assert torch.__version__.startswith(results["settings"]["torch"])
     for run in results["runs"]:
         assert 0 <= run["accuracy"] <= 100
+        assert run["loss"] > 0
+        assert 0 < run["calibration_error"] < 100
         assert 0 < run["loop_seconds"] < run["training_seconds"] < run["process_seconds"]
         assert run["matmul_flops"] > 1e9
         original = run["baseline"]
@@ -103,6 +113,7 @@ def test_statistics_of_the_runs(runs, capsys):
     assert summary["share_of_matmul_speed"] == pytest.approx((arithmetic / 20**2 + arithmetic / 30**2) / 2)
     out = capsys.readouterr().out
     assert "| mnist.py | 4 | 99.550 % ± 0.129 | 99.40 % | 1 | 25.0 | 25.0 | 25 |" in out
+    assert "loss is 25.0000; calibration error 25.00 %" in out
     assert "20 MB above" in out
     assert "extrapolated" not in out
 
