@@ -413,11 +413,11 @@ def test_augmentation_differs_by_image(digits):
 
 
 def test_augmentation_keeps_its_limits(monkeypatch):
-    """A dot 10 pixels from the centre goes as far as rotation, shift, scale and shear can take it, and no farther."""
+    """A dot 10 pixels from the centre goes as far as each distortion can take it, and no farther."""
     rows, columns = torch.meshgrid(torch.arange(29.0), torch.arange(29.0), indexing="ij")
 
     def farthest(row, column, **limits):
-        for name in ("ROTATION", "SHIFT", "SCALE", "SHEAR"):
+        for name in ("ROTATION", "SHIFT", "SCALE", "SHEAR", "BEND", "THICKNESS"):
             monkeypatch.setattr(mnist, name, limits.get(name, 0))
         images = torch.zeros(5000, 29, 29)
         images[:, row, column] = 1
@@ -433,3 +433,35 @@ def test_augmentation_keeps_its_limits(monkeypatch):
     assert down < 1e-3
     assert right == pytest.approx(1.1, abs=0.2)  # 10 / (1 - 0.1) - 10
     assert farthest(24, 14, SHEAR=0.1) == pytest.approx([0, 1], abs=0.1)
+    assert farthest(14, 14, BEND=2) == pytest.approx([2.5, 2.5], abs=0.2)  # a point, and its slopes
+
+
+def test_bending_is_smooth(monkeypatch):
+    for name in ("ROTATION", "SHIFT", "SCALE", "SHEAR", "THICKNESS"):
+        monkeypatch.setattr(mnist, name, 0)
+    monkeypatch.setattr(mnist, "BEND", 2)
+    ramp = torch.arange(28.0).expand(500, 28, 28)  # its values tell how far they were moved
+    torch.manual_seed(0)
+    moved = (mnist.augment(ramp) - ramp)[:, 4:24, 4:24]
+    assert moved.std() > 0.5
+    assert moved.mean(dim=0).abs().max() < 0.3
+    assert moved.diff(dim=1).abs().max() < 1  # from one pixel to the next, of 7 between two points
+    corners = moved[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert torch.corrcoef(corners.T).fill_diagonal_(0).abs().max() < 0.3  # far apart, they move each on its own
+
+
+def test_strokes_become_thinner_and_thicker(digits, monkeypatch):
+    monkeypatch.setattr(mnist, "THICKNESS", 0.5)
+    images = digits(40)[0].unsqueeze(1).float()
+    varied = mnist.vary_thickness(images)
+    assert torch.equal(varied[20:], images[20:])
+    assert (varied[:10] <= images[:10]).all()
+    assert (varied[10:20] >= images[10:20]).all()
+    ink = varied.sum(dim=(1, 2, 3)) / images.sum(dim=(1, 2, 3))
+    assert (ink[:10] < 0.8).all()
+    assert (ink[10:20] > 1.3).all()
+    line = torch.zeros(4, 1, 9, 9)
+    line[:, :, :, 3:6] = 200
+    thinner, thicker = mnist.vary_thickness(line)[:2, 0, 4]
+    assert thinner.tolist() == [0, 0, 0, 100, 200, 100, 0, 0, 0]
+    assert thicker.tolist() == [0, 0, 100, 200, 200, 200, 100, 0, 0]
