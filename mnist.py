@@ -55,6 +55,7 @@ SHIFT = 2  # the most pixels that it is shifted, along each axis
 SCALE = 0.1  # the most that its width and its height are scaled, up or down
 SHEAR = 0.1  # the most pixels that it is sheared sideways for each pixel down
 BEND = 0.5  # the most pixels that points of a 5 x 5 grid on it are moved, along each axis
+CALM = 0.4  # the share of the steps, the last ones, in which rotation, shift, scale and shear are halved
 THICKNESS = 0.3  # the share of the images whose strokes are made thinner (half of them) or thicker
 CALIBRATION_SIZE = 6_000  # training images on which the logits are scaled
 LEARNED = 98  # %: the recipe passes it in one epoch, so a run that ends below has gone wrong
@@ -155,13 +156,15 @@ def vary_thickness(images):
     return torch.cat([thinner, thicker, others])
 
 
-def augment(images):
+def augment(images, strength=1.0):
     """Rotate, shift, scale, shear and bend each image at random, and make some thinner or thicker.
 
-    The images are (B, 28, 28), of any type, in random order; float32 is returned.
+    The images are (B, 28, 28), of any type, in random order; float32 is returned. `strength` multiplies the limits of
+    rotation, shift, scale and shear.
     """
     images = vary_thickness(images.unsqueeze(1).float())
-    angle, shift_x, shift_y, scale_x, scale_y, shear = torch.rand(6, len(images), device=images.device) * 2 - 1
+    draws = strength * (torch.rand(6, len(images), device=images.device) * 2 - 1)
+    angle, shift_x, shift_y, scale_x, scale_y, shear = draws
     cos, sin = torch.cos(angle * math.radians(ROTATION)), torch.sin(angle * math.radians(ROTATION))
     scale_x, scale_y, shear = 1 + SCALE * scale_x, 1 + SCALE * scale_y, SHEAR * shear
     pixel = 2 / images.shape[-1]  # affine_grid measures an image from -1 to 1
@@ -337,7 +340,8 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, test_name="Test"):
 
     def step(index):
         # Fit for a CUDA graph: it reads nothing back, and changes tensors only in place.
-        data, target = normalise(augment(images[index])), labels[index]
+        calm = optimizer.step_number >= (1 - CALM) * optimizer.steps
+        data, target = normalise(augment(images[index], 1 - 0.5 * calm)), labels[index]
         output = model(data)
         loss = F.cross_entropy(output, target, label_smoothing=LABEL_SMOOTHING)
         optimizer.zero_grad()

@@ -34,7 +34,7 @@ def test_bfloat16_trains(small_mnist, monkeypatch):
 @pytest.fixture
 def repeatable_model(monkeypatch):
     """A network without dropout, and training without augmentation, so that a test can repeat a step."""
-    monkeypatch.setattr(mnist, "augment", lambda images: images)
+    monkeypatch.setattr(mnist, "augment", lambda images, strength: images)
     torch.manual_seed(0)
     model = mnist.Net()
     model.dropout.p = 0
@@ -90,12 +90,19 @@ def test_history_holds_means_of_epochs(repeatable_model, digits, monkeypatch):
 
 def test_training_augments_its_images(digits, monkeypatch):
     normalised, normalise = [], mnist.normalise
-    monkeypatch.setattr(mnist, "augment", lambda images: images.float() + 1)
+    monkeypatch.setattr(mnist, "augment", lambda images, strength: images.float() + 1)
     monkeypatch.setattr(mnist, "normalise", lambda images: normalised.append(images) or normalise(images))
     mnist.fit(mnist.Net(), digits(60), digits(10), epochs=1, batch_size=20, lr=0.01)
     *training, testing = normalised
     assert [(len(images), images.min()) for images in training] == [(20, 1)] * 3
     assert testing.min() == 0
+
+
+def test_last_steps_are_calm(digits, monkeypatch):
+    strengths = []
+    monkeypatch.setattr(mnist, "augment", lambda images, strength: strengths.append(float(strength)) or images)
+    mnist.fit(mnist.Net(), digits(60), digits(10), epochs=2, batch_size=12, lr=0.01)
+    assert strengths == [1] * 6 + [0.5] * 4
 
 
 def test_infinite_loss_stops_the_run(small_mnist, tmp_path):
