@@ -44,9 +44,9 @@ from tqdm.auto import tqdm
 EPOCHS = 3  # each as long as one pass over the training set
 ROUNDS = 8  # per epoch after the first: each draws images by their latest losses
 MIN_WEIGHT = 1e-6  # the least weight of an image in a draw, so that one without loss can still be drawn
-BATCH_SIZE = 128
+BATCH_SIZE = 64
 TEST_BATCH_SIZE = 250  # larger batches take more memory and are no faster
-LR = 0.04  # the learning rate at its peak
+LR = 0.03  # the learning rate at its peak
 WARM_UP = 0.2  # the share of the steps over which the learning rate climbs; over the rest it falls to zero
 MOMENTUM = 0.9
 LABEL_SMOOTHING = 0.1
@@ -54,7 +54,7 @@ ROTATION = 10  # the most degrees that an image is rotated, either way
 SHIFT = 2  # the most pixels that it is shifted, along each axis
 SCALE = 0.1  # the most that its width and its height are scaled, up or down
 SHEAR = 0.1  # the most pixels that it is sheared sideways for each pixel down
-BEND = 0.5  # the most pixels that points of a 5 x 5 grid on it are moved, along each axis
+BEND = 0.5  # the most pixels that the points of a 5 x 5 grid over it are moved, along each axis
 CALM = 0.4  # the share of the steps, the last ones, in which rotation, shift, scale and shear are halved
 THICKNESS = 0.3  # the share of the images whose strokes are made thinner (half of them) or thicker
 CALIBRATION_SIZE = 6_000  # training images on which the logits are scaled
@@ -167,7 +167,7 @@ def augment(images, strength=1.0):
     angle, shift_x, shift_y, scale_x, scale_y, shear = draws
     cos, sin = torch.cos(angle * math.radians(ROTATION)), torch.sin(angle * math.radians(ROTATION))
     scale_x, scale_y, shear = 1 + SCALE * scale_x, 1 + SCALE * scale_y, SHEAR * shear
-    pixel = 2 / images.shape[-1]  # affine_grid measures an image from -1 to 1
+    pixel = 2 / (images.shape[-1] - 1)  # affine_grid measures from -1 to 1, from the first pixel to the last
     theta = torch.stack(
         [
             torch.stack([cos * scale_x, cos * shear - sin * scale_y, SHIFT * pixel * shift_x], dim=1),
@@ -175,13 +175,10 @@ def augment(images, strength=1.0):
         ],
         dim=1,
     )
-    grid = F.affine_grid(theta, images.shape, align_corners=False)
-    # An elastic distortion, enlarged by two matrix products: interpolating each image takes ten times longer.
-    points = torch.eye(5, device=images.device)[None, None]
-    enlarge = F.interpolate(points, (images.shape[-1], 5), mode="bicubic", align_corners=True)[0, 0]
-    moves = BEND * pixel * (torch.rand(len(images), 5, 5, 2, device=images.device) * 2 - 1)
-    grid = grid + torch.einsum("yi,bijc,xj->byxc", enlarge, moves, enlarge)
-    return F.grid_sample(images, grid, align_corners=False).squeeze(1)
+    points = F.affine_grid(theta, [len(images), 1, 5, 5], align_corners=True)
+    points = points + BEND * pixel * (torch.rand_like(points) * 2 - 1)
+    grid = F.interpolate(points.permute(0, 3, 1, 2), images.shape[2:], mode="bilinear", align_corners=True)
+    return F.grid_sample(images, grid.permute(0, 2, 3, 1), align_corners=True).squeeze(1)
 
 
 def normalise(images):
