@@ -44,9 +44,9 @@ from tqdm.auto import tqdm
 EPOCHS = 3  # each as long as one pass over the training set
 ROUNDS = 8  # per epoch after the first: each draws images by their latest losses
 MIN_WEIGHT = 1e-6  # the least weight of an image in a draw, so that one without loss can still be drawn
-BATCH_SIZE = 64
+BATCH_SIZE = 128
 TEST_BATCH_SIZE = 250  # larger batches take more memory and are no faster
-LR = 0.03  # the learning rate at its peak
+LR = 0.04  # the learning rate at its peak
 WARM_UP = 0.2  # the share of the steps over which the learning rate climbs; over the rest it falls to zero
 MOMENTUM = 0.9
 LABEL_SMOOTHING = 0.1

@@ -160,7 +160,7 @@ def test_main_returns_and_saves_results(small_mnist):
     assert checkpoint == results
     assert results["parameters"] == 18_242
     assert [epoch["epoch"] for epoch in results["history"]] == [1, 2]
-    settings = {"epochs": 2, "batch_size": 64, "lr": 0.03, "seed": 3, "validate": False, "dry_run": False}
+    settings = {"epochs": 2, "batch_size": 128, "lr": 0.04, "seed": 3, "validate": False, "dry_run": False}
     assert settings.items() <= results["settings"].items()
     assert small_mnist not in str(results)  # no paths of this machine
 
