@@ -160,7 +160,8 @@ def draw_augmentation(images, labels):
     """Return a figure of the first image of each digit, and below it what training may show three times instead."""
     row = torch.stack([images[labels == digit][0] for digit in labels.unique()])
     torch.manual_seed(0)
-    augmented = [mnist.augment(row) for _ in range(3)]
+    orders = [torch.randperm(len(row)) for _ in range(3)]  # strokes get thinner or thicker by their place in the batch
+    augmented = [mnist.augment(row[order])[order.argsort()] for order in orders]
     figure = plt.figure(figsize=(10, 4), layout="constrained", dpi=100)
     axes = figure.subplots(4, len(row), squeeze=False)
     for ax, image in zip(axes.flatten(), torch.cat([row, *augmented]), strict=True):
