@@ -41,7 +41,7 @@ def outputs(tmp_path_factory):
         ("thread", "Final test accuracy"),
         ("predict", "seven.png: 7"),
         ("report", "Wrote report.pdf"),
-        ("defaults", "'text/plain': '4'"),
+        ("defaults", "'text/plain': '3'"),
     ],
 )
 def test_cell(cell, expected, outputs):
