@@ -55,8 +55,8 @@ SHIFT = 2  # the most pixels that it is shifted, along each axis
 SCALE = 0.1  # the most that its width and its height are scaled, up or down
 SHEAR = 0.1  # the most pixels that it is sheared sideways for each pixel down
 BEND = 0.5  # the most pixels that the points of a 5 x 5 grid over it are moved, along each axis
-CALM = 0.4  # the share of the steps, the last ones, in which rotation, shift, scale and shear are halved
 THICKNESS = 0.3  # the share of the images whose strokes are made thinner (half of them) or thicker
+CALM = 0.4  # the share of the steps, the last ones, in which rotation, shift, scale and shear are halved
 CALIBRATION_SIZE = 6_000  # training images on which the logits are scaled
 LEARNED = 98  # %: the recipe passes it in one epoch, so a run that ends below has gone wrong
 

@@ -239,12 +239,25 @@ def test_readme_gives_the_results():
         assert figures in readme, path.name
 
 
+def summary_of(name):
+    return seeds.summarize(seeds.load_results(Path(seeds.__file__).with_name("results") / name))
+
+
+def test_readme_gives_the_goals():
+    readme = Path(seeds.__file__).with_name("README.md").read_text(encoding="utf-8")
+    default, longer, speed = map(summary_of, ("default.json", "epochs20.json", "speed.json"))
+    assert f"| none; {default['accuracy_min']:.2f} % at least | {default['n']} |" in readme
+    assert not default["seeds_at_or_below_99.40"]
+    assert f"| {default['accuracy_mean'] - 4 * default['accuracy_std']:.2f} % | {default['n']} |" in readme
+    assert f"original recipe | {speed['times_faster']:.1f} times | {speed['n']} |" in readme
+    assert f"99.65 % | {longer['accuracy_mean']:.3f} % | {longer['n']} |" in readme
+    assert f"0.016 | {default['loss']:.4f} | {default['n']} |" in readme
+    assert f"0.4 % | {default['calibration_error']:.2f} % | {default['n']} |" in readme
+
+
 def test_project_readme_gives_the_results():
-    folder = Path(seeds.__file__).parent
-    readme = (folder.parent / "README.md").read_text(encoding="utf-8")
-    accuracy, speed = (
-        seeds.summarize(seeds.load_results(folder / "results" / f"{name}.json")) for name in ("default", "speed")
-    )
+    readme = Path(mnist.__file__).with_name("README.md").read_text(encoding="utf-8")
+    accuracy, speed = summary_of("default.json"), summary_of("speed.json")
     mean, std = accuracy["accuracy_mean"], accuracy["accuracy_std"]
     assert f"| {accuracy['n']} | {mean:.3f} % ± {std:.3f}, min {accuracy['accuracy_min']:.2f} % |" in readme
     assert f"| {speed['n']} | {speed['process_seconds']:.0f} s, {speed['times_faster']:.1f} times faster" in readme

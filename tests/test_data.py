@@ -461,6 +461,9 @@ def test_strokes_become_thinner_and_thicker(digits, monkeypatch):
     ink = varied.sum(dim=(1, 2, 3)) / images.sum(dim=(1, 2, 3))
     assert (ink[:10] < 0.8).all()
     assert (ink[10:20] > 1.3).all()
+    for name in ("ROTATION", "SHIFT", "SCALE", "SHEAR", "BEND"):
+        monkeypatch.setattr(mnist, name, 0)
+    assert torch.allclose(mnist.augment(images.squeeze(1)), varied.squeeze(1), atol=0.05)
     line = torch.zeros(4, 1, 9, 9)
     line[:, :, :, 3:6] = 200
     thinner, thicker = mnist.vary_thickness(line)[:2, 0, 4]

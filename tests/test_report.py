@@ -71,6 +71,22 @@ def test_augmentation_is_drawn(small_mnist, folder):
         assert image.width > 900
 
 
+def test_augmentation_treats_other_digits_in_each_row(monkeypatch):
+    def blacken_the_first(images):
+        images = images.clone()
+        images[0] = 255
+        return images
+
+    monkeypatch.setattr(report.mnist, "augment", blacken_the_first)
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1).expand(10, 28, 28)
+    figure = report.draw_augmentation(images, torch.arange(10))
+    drawn = torch.tensor([int(ax.get_images()[0].get_array()[0, 0]) for ax in figure.axes]).view(4, 10)
+    black = (drawn == 255).nonzero()
+    assert black[:, 0].tolist() == [1, 2, 3]
+    assert len(black[:, 1].unique()) > 1
+    assert torch.equal(drawn.where(drawn < 255, torch.arange(10)), torch.arange(10).expand(4, 10))
+
+
 def test_missing_weights_are_named(folder):
     with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
         report.main(["--model", "absent.pt"])
