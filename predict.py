@@ -1,8 +1,9 @@
-"""Read handwritten digits from pictures: photographs, scans and drawings, of one digit each.
+"""Read handwritten digits from pictures: photographs, scans and drawings.
 
 Usage:
-    python predict.py digit.png photo.jpg       # a line for each: the digit, its probability, and the runner-up
-    python predict.py --json *.png              # for programs: a line of JSON for each, with the ten probabilities
+    python predict.py digit.png photo.jpg       # a line for each: the digits from left to right, and how probable
+    python predict.py --single *.heic           # one digit on each, even if it is in pieces
+    python predict.py --json *.png              # for programs: a line of JSON for each, with boxes and probabilities
     python predict.py --show photo.jpg          # also write seen.png: each picture beside what the network saw
     python predict.py - < digit.png             # a picture from standard input
 """
@@ -11,40 +12,60 @@ import argparse
 import glob
 import io
 import json
+import math
+import mimetypes
 import struct
 import sys
+import typing
 import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from pillow_heif import register_heif_opener
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
 import mnist
 
-SIDE = 160  # pixels; a larger picture is first reduced to this
+register_heif_opener()
+
+SIDE = 128  # pixels, of a square: a larger picture is first reduced to its area
+SMALL = 56  # pixels: a picture with shorter sides is first enlarged
+LEAST = 8  # pixels: a picture with shorter sides is refused; and levels of grey, of 255, that it must span
+FAINT, DARK = 0.22, 0.4  # a stroke is what is above FAINT of the level of ink and connected with what is above DARK
+LIKELY = 0.8  # what the likelier polarity is worth, in probability, times how likely it is
+ON_SHEET = 0.5  # what it is worth that the ink is on a sheet
+FAR = 0.5  # a polarity less likely than minus this is not tried
+SURE = 0.9  # below this probability an answer is marked as not sure
+EIGHT = np.ones((3, 3))  # neighbours of a pixel: the diagonal ones too
 MAX_BYTES = 2**28  # of standard input, which may never end
 SHEET = Path("seen.png")  # what --show writes
 
-
-# --- Any picture in MNIST's form -----------------------------------------------------------------------------------
+# --- Any picture as ink on a ground --------------------------------------------------------------------------------
 
 
 def to_grey(image):
-    """Return a PIL image of any mode in grey (mode L or F, 0 to 255), upright, neither side above SIDE."""
+    """Return a PIL image of any mode in grey (mode L or F, 0 to 255), upright, with at most the area of SIDE x SIDE."""
     image = ImageOps.exif_transpose(image)
+    scale = SIDE / math.sqrt(image.width * image.height)
+    size = [max(1, round(side * scale)) for side in image.size]
     if image.mode.startswith("I"):  # 16 bits
         image = image.convert("F").point(lambda value: value * (1 / 257) + 0)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
-        image.thumbnail((SIDE, SIDE))
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image.thumbnail(size)
+        pixels = np.asarray(image, dtype=np.float32)
+        opaque = pixels[pixels[..., 3] > 127, :3]
+        if len(opaque) and np.ptp(opaque, axis=0).max() < 64 and pixels[..., 3].min() < 128:
+            image = image.getchannel("A")  # all of one colour: the drawing is what is opaque
+        else:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode not in ("L", "F"):
         image = image.convert("RGB").convert("L")
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail(size)
     return image
 
 
@@ -61,61 +82,101 @@ def is_mnist(grey):
     return longer in (19, 20) and all(abs(mean - 14) < 0.6 for mean in ndimage.center_of_mass(grey))
 
 
-def polarity(grey):
-    """Return 1 if a picture (H, W) shows light ink on a dark ground, and -1 if dark ink on a light one."""
-    height, width = grey.shape
-    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
-    margin = max(1, min(height, width) // 16)
-    border = np.ones_like(grey, dtype=bool)
-    border[margin:-margin, margin:-margin] = False
-    # A smooth surface through the border is the ground, however uneven the light; what departs most from it is ink.
-    coefficients = np.linalg.lstsq(terms[border], grey[border], rcond=None)[0]
-    return 1 if ((grey - terms @ coefficients) ** 3).sum() > 0 else -1
+def border(pixels):
+    return np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
+
+
+def otsu(values):
+    """Return the threshold between two classes of `values`: Otsu, A threshold selection method, 1979."""
+    counts, edges = np.histogram(values, 64)
+    centres = (edges[1:] + edges[:-1]) / 2
+    share = counts.cumsum()[:-1] / counts.sum()
+    moment = (counts * centres).cumsum() / counts.sum()
+    between = (moment[-1] * share - moment[:-1]) ** 2 / (share * (1 - share)).clip(1e-9)
+    return edges[1 + between.argmax()]
+
+
+def flatten(grey, part):
+    """Subtract from a part of a picture (H, W; H, W) the plane nearest to it: light that falls from one side."""
+    y, x = np.mgrid[: grey.shape[0], : grey.shape[1]].astype(np.float32)
+    terms = np.stack([np.ones_like(x), x, y], axis=-1)
+    grey = grey - terms @ np.linalg.lstsq(terms[part], grey[part], rcond=None)[0]
+    return np.where(part, grey, np.median(grey[part]))
+
+
+def find_sheet(grey):
+    """Return which pixels (H, W) of a picture are on a light sheet with little ink that lies on something dark.
+
+    None if there is no such sheet, of more than half the picture's width and height.
+    """
+    labels, _ = ndimage.label(grey > otsu(grey))
+    light = labels == np.bincount(labels.ravel())[1:].argmax() + 1
+    box = bounding_box(light)
+    large = all(2 * (part.stop - part.start) > side for part, side in zip(box, grey.shape, strict=True))
+    if not large or light[box].mean() < 0.8 or light.mean() > 0.8 or border(light).mean() > 0.3:
+        return None
+    sheet = ndimage.minimum_filter(ndimage.binary_fill_holes(light), 5)  # less its edge
+    return sheet if sheet.any() else None
 
 
 def find_ink(grey):
-    """Return how much ink there is in each pixel of a picture (H, W), from 0 to 1; all zeros if nothing stands out."""
-    grey = grey * polarity(grey)
+    """Find light ink on a darker ground in a picture (H, W).
+
+    Returns how much ink each pixel holds, from 0 to 1, and which pixels belong to a stroke, both (H, W); None if
+    nothing stands out.
+    """
+    if np.ptp(grey) < LEAST:
+        return None
+    # The ground is what an opening leaves with a window too large for any stroke to fill.
     side = max(grey.shape)
-    # The ground is what remains after an opening with a window too large for any stroke to fill.
-    ground = ndimage.grey_opening(ndimage.uniform_filter(grey, max(1, side // 40)), size=(side // 2, side // 2))
-    ink = grey - ground
-    ink -= np.median(ink)
-    noise = 1.5 * np.median(np.abs(ink))  # the standard deviation, if it is normal
-    while True:
-        smooth = ndimage.uniform_filter(ink, 3, mode="constant")
-        level = smooth.max()
-        if level < max(8, 4 * noise):
-            return np.zeros_like(ink)
-        labels, count = ndimage.label(smooth > 0.4 * level, np.ones((3, 3)))
-        border = np.concatenate([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
-        # No stroke runs along most of an edge of the picture, but a shadow or the edge of a table does.
-        at_edge = np.bincount(border, minlength=count + 1) > 0.15 * len(border)
-        at_edge[0] = False
-        if not 0 < at_edge.sum() < count:
-            break
-        ink[ndimage.maximum_filter(at_edge[labels], 5)] = 0
-    mass = ndimage.sum_labels(ink.clip(0), labels, range(count + 1))
-    mass[0] = 0
-    kept = (mass > 0.05 * mass.max())[labels]  # the rest are specks
-    kept = ndimage.maximum_filter(kept, side // 64 * 2 + 3)
+    smooth = ndimage.uniform_filter(grey, max(1, side // 40))
+    grey = grey - ndimage.grey_opening(smooth, size=(side // 2, side // 2))
+    ink = grey - np.median(grey[grey <= otsu(grey)])
+    smooth = ndimage.uniform_filter(ink, 3)
+    level = np.median(smooth[smooth >= smooth.max() / 2])
+    noise = 1.5 * np.median(np.abs(ink - smooth))  # the standard deviation, if it is normal
+    if level < max(LEAST, 4 * noise):
+        return None
     floor = max(0.1 * level, 2 * noise)
-    return kept * ((ink - floor) / (level - floor)).clip(0, 1)
+    return ((ink - floor) / (level - floor)).clip(0, 1), smooth > FAINT * level
 
 
-def prepare(image):
-    """Bring a PIL image of one digit to MNIST's form: white on black, uint8 (28, 28).
+def opened(strokes, size):
+    """Return the pixels (H, W) of strokes in which a window of this size finds room, with nothing beyond the edges."""
+    return ndimage.grey_opening(strokes, size=size, mode="constant")
+
+
+def remove_surroundings(strokes):
+    """Remove what runs along the edge and straight thin lines across most of a picture; crossing strokes stay.
+
+    Returns the strokes (H, W) that remain, and the number of lines.
+    """
+    lines = 0
+    for _ in range(2):  # the lines across, then those down
+        along = opened(strokes, (1, int(0.7 * strokes.shape[1])))
+        labels, _ = ndimage.label(along, EIGHT)
+        for label, place in enumerate(ndimage.find_objects(labels), 1):
+            thickness = place[0].stop - place[0].start
+            if thickness <= max(strokes.shape) / 8:
+                lines += 1
+                crossing = opened(strokes, (thickness + 3, 1))
+                strokes = strokes & (crossing | (labels != label))
+        strokes = strokes.T
+    labels, count = ndimage.label(strokes, EIGHT)
+    edge = border(labels)
+    # No stroke runs along most of an edge of the picture, but a shadow or the edge of a table does.
+    at_edge = np.bincount(edge, minlength=count + 1) > 0.15 * len(edge)
+    return strokes & ~at_edge[labels], lines
+
+
+# --- Ink as digits -------------------------------------------------------------------------------------------------
+
+
+def to_form(ink):
+    """Bring the ink (H, W) of one digit to MNIST's form: uint8 (28, 28), white on black.
 
     The digit fits a box of 20 x 20 pixels, and its centre of mass is the centre of the whole.
-    An image that is in this form already comes through unchanged. Raises UserError if there is no ink.
     """
-    grey = np.array(to_grey(image), dtype=np.float32)
-    if is_mnist(grey):
-        return torch.from_numpy(grey).byte()
-    ink = find_ink(grey)
-    if not ink.any():
-        raise mnist.UserError("there is nothing to be seen on it")
     ink = ink[bounding_box(ink)]
     height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
     ink = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.BILINEAR))
@@ -126,13 +187,111 @@ def prepare(image):
     return torch.from_numpy(digit)
 
 
+def separate(ink, strokes, single):
+    """Return (place, pixels) for each digit in find_ink()'s result, from left to right: two slices, uint8 (28, 28)."""
+    labels, count = ndimage.label(strokes, EIGHT)
+    kept = np.isin(np.arange(1, count + 1), labels[ndimage.uniform_filter(ink, 3) > DARK])
+    # Parts one above the other are one digit, such as a 5 and its bar, even if they reach a little farther.
+    spans = [across for _, across in ndimage.find_objects(labels)]
+    columns = np.full(ink.shape[1], single)
+    for span, keep in zip(spans, kept, strict=True):
+        inset = round(0.15 * (span.stop - span.start))
+        columns[span.start + inset : span.stop - inset] |= keep
+    groups, _ = ndimage.label(columns)
+    number = [groups[(span.start + span.stop) // 2] * keep for span, keep in zip(spans, kept, strict=True)]
+    labels = np.array([0, *number])[labels]
+    places = ndimage.find_objects(labels)
+    # A digit is nearly as high as the others, and not as light as a dot.
+    mass = ndimage.sum_labels(ink, labels, range(1, len(places) + 1))
+    heights = np.array([rows.stop - rows.start for rows, _ in places])
+    whole = (heights >= 0.45 * heights.max(initial=0)) & (mass >= 0.08 * mass.max(initial=0))
+    return [
+        (places[i], to_form(ink * ndimage.maximum_filter(labels == i + 1, 3))) for i in np.flatnonzero(whole).tolist()
+    ]
+
+
+def views(grey):
+    """Yield (head start in probability, picture with light ink) for each way to tell ink from ground in one (H, W)."""
+    flat = flatten(grey, np.ones_like(grey, dtype=bool))
+    if np.ptp(flat) < LEAST:
+        return
+    # The ground is likely the larger of two classes of pixels, and the one along the border and in the corners.
+    light = flat > otsu(flat)
+    corners = light[[0, 0, -1, -1], [0, -1, 0, -1]]
+    light_ground = (light.mean() + border(light).mean() + corners.mean()) / 1.5 - 1  # from -1, surely not, to 1
+    light_sheet, dark_sheet = find_sheet(flat), find_sheet(-flat)
+    for polarity, likely, on, itself in (
+        (-1, light_ground, light_sheet, dark_sheet),
+        (1, -light_ground, dark_sheet, light_sheet),
+    ):
+        if likely > -FAR:
+            yield (LIKELY * max(0, likely) if itself is None else 0), polarity * flat
+        if on is not None:
+            yield ON_SHEET, polarity * flatten(grey, on)
+
+
+def readings(grey, single):
+    """Return the ways to read a picture (H, W): for each, its head start in probability and separate()'s digits."""
+    ways = []
+    for head, view in views(grey):
+        if (found := find_ink(view)) is None:
+            continue
+        ink, strokes = found
+        rest, lines = remove_surroundings(strokes)
+        ways.append((head, separate(ink, strokes, single)))
+        if (rest != strokes).any():
+            digits = separate(np.where(strokes & ~rest, 0, ink), rest, single)
+            height, width = ink.shape
+            inside = all(y.start and x.start and y.stop < height and x.stop < width for (y, x), _ in digits)
+            # One or two lines may be a digit's, unless with them all is gone that touched the edge.
+            surroundings = lines > 2 or (border(strokes).any() and inside)
+            ways.append((head + (0.3 if surroundings else -0.1), digits))
+    return [(head, digits) for head, digits in ways if digits]
+
+
+class Digit(typing.NamedTuple):
+    box: list  # left, top, right and bottom in pixels of the upright picture
+    pixels: torch.Tensor  # as the network saw it: uint8 (28, 28)
+    probabilities: torch.Tensor  # float32 (10,)
+
+
+def read(model, image, single=False):
+    """Return the digits on a PIL image from left to right, as a list of Digit; one alone if `single`.
+
+    Ink and ground can be told apart in several ways. All go through the network, and the one that it is surest of
+    counts. An image that is in MNIST's form goes there as it is. Raises UserError if there is no ink.
+    """
+    if max(image.size) < LEAST:
+        raise mnist.UserError(f"it has only {image.width} x {image.height} pixels")
+    grey = to_grey(image)
+    if is_mnist(np.asarray(grey)):
+        ways = [(0, [(bounding_box(np.asarray(grey)), torch.from_numpy(np.array(grey)).byte())])]
+    else:
+        times = max(1, math.ceil(SMALL / max(grey.size)))
+        grey = grey.resize((times * grey.width, times * grey.height), Image.Resampling.BICUBIC)
+        ways = readings(np.asarray(grey, dtype=np.float32), single)
+    if not ways:
+        raise mnist.UserError("there is nothing to be seen on it")
+    logits = mnist.classify(model, torch.stack([pixels for _, digits in ways for _, pixels in digits]))
+    tables = logits.softmax(dim=1).split([len(digits) for _, digits in ways])
+    scores = [head + table.amax(dim=1).mean().item() for (head, _), table in zip(ways, tables, strict=True)]
+    best = max(range(len(ways)), key=scores.__getitem__)
+    size = image.size[::-1] if image.getexif().get(ExifTags.Base.Orientation, 1) > 4 else image.size
+    scale = np.tile(np.divide(size, grey.size), 2)
+    return [
+        Digit((scale * (x.start, y.start, x.stop, y.stop)).round().astype(int).tolist(), pixels, probabilities)
+        for ((y, x), pixels), probabilities in zip(ways[best][1], tables[best], strict=True)
+    ]
+
+
 # --- Reading and answering -----------------------------------------------------------------------------------------
 
 
 def read_picture(name):
-    """Return the picture in the file `name` ("-" is standard input) as a PIL image of at most 89 million pixels.
+    """Return the picture in the file `name` ("-" is standard input) as a PIL image, and by how much it is reduced.
 
-    Raises UserError if there is no such picture: no file, no image, one cut short, too large, or an animation.
+    Raises UserError if there is no such picture: no file, no image, one cut short, an animation, or one of more than
+    89 million pixels.
     """
     if name == "-" and not hasattr(sys.stdin, "buffer"):  # closed, or a notebook's
         raise mnist.UserError("there is no standard input: name a file")
@@ -145,29 +304,33 @@ def read_picture(name):
             # A phone's MPO holds the photograph first, then copies of it for other uses.
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise mnist.UserError(f"it holds {image.n_frames} pictures: save one of them on its own")
+            width = image.width
             image.draft("L", (SIDE, SIDE))  # saves decoding a JPEG at full size
             image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise mnist.UserError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
-        raise mnist.UserError("not an image Pillow can read") from error
+        kind = mimetypes.guess_type(name)[0] or "of no known type"
+        raise mnist.UserError(
+            f"not a picture that can be read ({kind}, by its name): save it as PNG or JPEG"
+        ) from error
     except OSError as error:
         raise mnist.UserError(error.strerror or f"it is damaged: {error}") from error
     except (SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error) as error:
         raise mnist.UserError(f"it is damaged: {error}") from error
-    return image
+    return image, width / image.width
 
 
 def contact_sheet(rows):
-    """Return an image with a row for each (picture, digit as the network saw it (28, 28), caption)."""
+    """Return an image with a row for each (picture, digits as the network saw them (28, 28 n), caption)."""
     side, gap = 224, 16
     sheet = Image.new("RGB", (2 * side + 3 * gap, gap + len(rows) * (side + 3 * gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for row, (picture, digit, caption) in enumerate(rows):
+    for row, (picture, digits, caption) in enumerate(rows):
         top = gap + row * (side + 3 * gap)
         sheet.paste(ImageOps.pad(picture, (side, side), color="lightgrey"), (gap, top))
-        digit = Image.fromarray(digit.numpy()).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(digit, (2 * gap + side, top))
+        seen = ImageOps.pad(Image.fromarray(digits.numpy()), (side, side), Image.Resampling.NEAREST, "lightgrey")
+        sheet.paste(seen, (2 * gap + side, top))
         while draw.textlength(caption, font) > 2 * side + gap:
             caption = "…" + caption[2:]
         draw.text((gap, top + side + 4), caption, "black", font)
@@ -182,9 +345,10 @@ def expand(pattern):
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="predict.py", description="Read handwritten digits from pictures.")
     add = parser.add_argument
-    add("pictures", nargs="+", metavar="PICTURE", help="an image file of one digit; - is standard input")
+    add("pictures", nargs="+", metavar="PICTURE", help="an image file; - is standard input")
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
-    add("--json", action="store_true", help="print a line of JSON for each picture, with the ten probabilities")
+    add("--single", action="store_true", help="each picture shows one digit")
+    add("--json", action="store_true", help="print a line of JSON for each picture, with boxes and probabilities")
     add("--show", action="store_true", help=f"write {SHEET}: each picture beside what the network saw")
     args = parser.parse_args(argv)
     args.pictures = [name for pattern in args.pictures for name in expand(pattern)]
@@ -193,10 +357,38 @@ def parse_args(argv):
     return args
 
 
+def as_result(name, digits, scale):
+    """Return what --json prints of a picture's digits, whose boxes are to be enlarged by `scale`."""
+    each = [
+        {
+            "digit": digit.probabilities.argmax().item(),
+            "probability": digit.probabilities.max().item(),
+            "box": [round(side * scale) for side in digit.box],
+            "probabilities": digit.probabilities.tolist(),
+        }
+        for digit in digits
+    ]
+    result = {"picture": name, "number": "".join(str(digit["digit"]) for digit in each), "digits": each}
+    result["sure"] = all(digit["probability"] >= SURE for digit in each)
+    if len(each) == 1:
+        result |= {"digit": each[0]["digit"], "probabilities": each[0]["probabilities"]}
+    return result
+
+
+def as_text(result):
+    """Return a result as a line for people."""
+    probabilities = [f"{digit['probability']:.1%}" for digit in result["digits"]]
+    line = f"{result['picture']}: {result['number']} ({', '.join(probabilities)})"
+    if "digit" in result:
+        second = sorted(range(10), key=result["probabilities"].__getitem__)[-2]
+        line += f", else {second} ({result['probabilities'][second]:.1%})"
+    return line if result["sure"] else f"{line}, not sure"
+
+
 def main(argv):
     """Print a line for each picture that `argv` names; the exit status is 1 if any failed.
 
-    Returns a dictionary for each: "picture", "digit" and "probabilities".
+    Returns a dictionary for each: what --json prints.
     """
     args = parse_args(argv)
     weights = mnist.find_weights(args.model)
@@ -206,18 +398,16 @@ def main(argv):
     results, rows = [], []
     for name in args.pictures:
         try:
-            image = read_picture(name)
-            digit = prepare(image)
+            image, scale = read_picture(name)
+            digits = read(model, image, args.single)
         except mnist.UserError as error:
             print(f"predict.py: error: {name}: {error}", file=sys.stderr)
             continue
-        probabilities = mnist.classify(model, digit[None])[0].softmax(dim=0)
-        first, second = probabilities.argsort(descending=True)[:2].tolist()
-        answer = f"{first} ({probabilities[first]:.1%}), else {second} ({probabilities[second]:.1%})"
-        results.append({"picture": name, "digit": first, "probabilities": probabilities.tolist()})
-        print(json.dumps(results[-1]) if args.json else f"{name}: {answer}")
+        results.append(as_result(name, digits, scale))
+        print(json.dumps(results[-1]) if args.json else as_text(results[-1]))
         if args.show:
-            rows.append((to_grey(image).convert("L"), digit, f"{name}: {answer}"))
+            seen = torch.cat([digit.pixels for digit in digits], dim=1)
+            rows.append((to_grey(image).convert("L"), seen, as_text(results[-1])))
     if rows:
         buffer = io.BytesIO()
         contact_sheet(rows).save(buffer, "PNG")

@@ -1,6 +1,7 @@
 """predict.py: pictures brought to MNIST's form, and what it answers."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -12,11 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from scipy import ndimage
+from sklearn.datasets import load_digits
 
 import mnist
 import predict
+
+ROOT = Path(predict.__file__).parent
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
 
@@ -29,8 +35,22 @@ def seven(size=100, left=30, top=20):
     return pixels
 
 
-def prepared(pixels):
-    return predict.prepare(Image.fromarray(pixels))
+@functools.cache
+def pretrained():
+    return mnist.load(ROOT / "pretrained.pt")[0]
+
+
+def read(image, single=False):
+    """Return (number, digits) of an image or of the pixels of one."""
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    digits = predict.read(pretrained(), image, single)
+    return predict.as_result("", digits, 1)["number"], digits
+
+
+def prepared(image):
+    """Return the one digit on a picture as the network saw it."""
+    (digit,) = read(image)[1]
+    return digit.pixels
 
 
 def difference(one, other):
@@ -106,8 +126,8 @@ def test_surroundings_make_no_difference(spoil):
 
 def test_scale_and_place_do_not_matter():
     large = np.kron(seven(), np.ones((9, 9), dtype=np.uint8))
-    assert difference(prepared(large), prepared(seven())) < 0.02
-    assert difference(prepared(seven(size=150, left=100, top=90)), prepared(seven())) < 0.02
+    assert difference(prepared(large), prepared(seven())) < 0.03
+    assert difference(prepared(seven(size=150, left=100, top=90)), prepared(seven())) < 0.03
 
 
 def stored(image, format="PNG", **options):
@@ -116,9 +136,9 @@ def stored(image, format="PNG", **options):
     return Image.open(file)
 
 
-def transparent(image):
+def transparent(image, colour=30):
     """Ink on a transparent ground whose hidden colour is that of the ink."""
-    ink = Image.new("RGBA", image.size, (30, 30, 30, 255))
+    ink = Image.new("RGBA", image.size, (colour, colour, colour, 255))
     ink.putalpha(ImageOps.invert(image))
     return ink
 
@@ -139,15 +159,223 @@ def on_its_side(image):
         lambda image: stored(Image.fromarray(np.asarray(image).astype(np.uint16) * 257)),
         lambda image: stored(transparent(image)),
         lambda image: stored(transparent(image).convert("LA")),
+        lambda image: stored(transparent(image, colour=255)),
+        lambda image: stored(image.convert("RGBA")),
+        lambda image: stored(image.point(lambda value: 200 + value // 5).convert("RGBA")),  # faint, but opaque
+        lambda image: stored(ImageOps.expand(image.convert("RGBA"), 20)),  # a card on a transparent ground
+        lambda image: stored(image, "HEIF", quality=90),
         on_its_side,
     ],
 )
 def test_every_mode_gives_one_digit(convert):
     image = Image.fromarray(seven())
-    assert difference(predict.prepare(convert(image)), predict.prepare(image)) < 0.03
+    assert difference(prepared(convert(image)), prepared(image)) < 0.03
 
 
-# --- predict.py ----------------------------------------------------------------------------------------------------
+# --- Surroundings --------------------------------------------------------------------------------------------------
+
+
+def draw(pixels, *lines, width=2, ink=30):
+    """Draw straight lines (x, y, x, y), as dark as the ink."""
+    image = Image.fromarray(pixels)
+    for line in lines:
+        ImageDraw.Draw(image).line(line, fill=ink, width=width)
+    return np.array(image)
+
+
+def cropped(pixels, margin=0):
+    return pixels[20 - margin : 60 + margin, 30 - margin : 55 + margin]
+
+
+def boxed(pixels):
+    return draw(pixels, (9, 9, 90, 9), (90, 9, 90, 90), (90, 90, 9, 90), (9, 90, 9, 9))
+
+
+def form_cell(pixels):
+    """Print lines around that go on beyond the picture, as in a table of cells."""
+    return draw(pixels, (0, 4, 99, 4), (0, 93, 99, 93), (5, 0, 5, 99), (94, 0, 94, 99), width=3)
+
+
+def ruled(pixels):
+    return draw(pixels, *[(0, y, 99, y) for y in range(11, 100, 22)], width=3)
+
+
+def squared(pixels):
+    return draw(ruled(pixels), *[(x, 0, x, 99) for x in range(11, 100, 22)], width=3)
+
+
+def sheet_on_a_table(pixels):
+    table = Image.new("L", (160, 150), 70)
+    sheet = Image.fromarray(pixels).convert("LA").rotate(3, Image.Resampling.BICUBIC, expand=True)
+    table.paste(sheet, (35, 20), sheet.getchannel("A"))
+    return np.array(table)
+
+
+def beside_a_table(pixels):
+    """Show a strip of the table on the left of the sheet."""
+    return np.pad(pixels, ((0, 0), (20, 0)), constant_values=70)
+
+
+def stained(pixels):
+    """Leave a pale stain, a third as dark as the ink and larger."""
+    pixels = pixels.copy()
+    pixels[68:94, 60:90] = 170
+    return pixels
+
+
+def scratched(pixels):
+    """Draw a scratch, half as high as the digit but much thinner."""
+    pixels = pixels.copy()
+    pixels[30:51, 80] = 60
+    return pixels
+
+
+def pale_in_part(pixels):
+    """Press the pencil less on the lower half of the stem: a third as dark."""
+    pixels = pixels.copy()
+    pixels[38:60, 49:55] = 163
+    return pixels
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        cropped,
+        lambda pixels: cropped(pixels, margin=1),
+        lambda pixels: 255 - cropped(pixels),
+        boxed,
+        form_cell,
+        ruled,
+        squared,
+        lambda pixels: 255 - squared(pixels),
+        sheet_on_a_table,
+        beside_a_table,
+        stained,
+        scratched,
+        pale_in_part,
+        lambda pixels: lit(squared(pixels)),
+        lambda pixels: noisy(boxed(pixels)),
+    ],
+)
+def test_seven_is_read_wherever_it_is(spoil):
+    number, (digit,) = read(spoil(seven()))
+    assert number == "7"
+    assert difference(digit.pixels, prepared(seven())) < 0.12
+
+
+def test_straight_digit_is_no_line():
+    pixels = np.full((60, 20), 230, dtype=np.uint8)
+    pixels[:, 8:12] = 30
+    assert read(pixels)[0] == "1"
+
+
+def test_thick_digit_is_no_frame():
+    thick = ImageOps.invert(Image.fromarray(four())).filter(ImageFilter.MaxFilter(7))
+    assert read(thick.crop(thick.point(lambda value: 255 * (value > 100)).getbbox()))[0] == "4"
+
+
+@pytest.mark.parametrize("times", [1, 8])
+def test_tiny_digits_are_read(times):
+    digits = load_digits()
+    images = [Image.fromarray((image * (255 / 16)).astype(np.uint8)) for image in digits.images[:100]]
+    numbers = [read(image.resize((8 * times, 8 * times), Image.Resampling.BICUBIC))[0] for image in images]
+    assert np.mean(np.array(numbers) == digits.target[:100].astype(str)) >= 0.9
+
+
+def test_narrow_sheet_is_no_sheet():
+    pixels = np.zeros((60, 6))
+    pixels[3:57, 1:5] = 255
+    assert predict.find_sheet(pixels) is None
+
+
+@pytest.mark.filterwarnings("error")
+@settings(deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(["noise", "slope", "step", "specks", "alpha"]))
+@example(1, 20, "step")
+def test_any_picture_is_read_or_refused(width, height, kind):
+    rng = np.random.default_rng(0)
+    pixels = {
+        "noise": rng.integers(0, 256, (height, width)),
+        "slope": np.add.outer(np.arange(height), np.arange(width)) % 256,
+        "step": np.tile(np.arange(width) > width / 2, (height, 1)) * 255,
+        "specks": (rng.random((height, width)) > 0.02) * 255,
+        "alpha": rng.integers(0, 256, (height, width)),
+    }[kind]
+    image = Image.fromarray(pixels.astype(np.uint8))
+    if kind == "alpha":
+        image = Image.merge("LA", (image, image))
+    try:
+        digits = read(image)[1]
+    except mnist.UserError:
+        return
+    for digit in digits:
+        left, top, right, bottom = digit.box
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+
+
+# --- Several digits ------------------------------------------------------------------------------------------------
+
+
+def four(size=100, left=20, top=20):
+    """Return an open 4 in dark ink on light paper, 40 x 60 pixels, as an array (size, size)."""
+    x, y = left, top
+    lines = [(x + 10, y, x, y + 35), (x, y + 35, x + 40, y + 35), (x + 30, y + 10, x + 30, y + 60)]
+    return draw(np.full((size, size), 230, dtype=np.uint8), *lines, width=6)
+
+
+def test_digits_are_read_from_left_to_right():
+    number, digits = read(np.concatenate([four(), seven(), seven(), four()], axis=1))
+    assert number == "4774"
+    lefts = [digit.box[0] for digit in digits]
+    assert lefts == sorted(lefts)
+    assert digits[1].box == pytest.approx([130, 20, 155, 60], abs=3)
+    assert difference(digits[1].pixels, prepared(seven())) < 0.05
+
+
+def test_digits_in_a_box_on_squared_paper():
+    pixels = np.concatenate([four(), seven()], axis=1)
+    lines = [(0, y, 199, y) for y in range(8, 100, 22)] + [(x, 0, x, 99) for x in range(11, 200, 22)]
+    assert read(draw(pixels, *lines))[0] == "47"
+
+
+def test_slanted_neighbours_are_two_digits():
+    lines = [(60, 20, 30, 80), (90, 20, 60, 80)]  # the second begins where the first has not ended
+    assert read(draw(np.full((100, 110), 230, dtype=np.uint8), *lines, width=6))[0] == "11"
+
+
+def test_parts_of_one_digit_stay_together():
+    five = draw(np.full((100, 100), 230, dtype=np.uint8), (40, 20, 68, 20), width=5)  # the loose bar
+    image = Image.fromarray(five)
+    ImageDraw.Draw(image).line((36, 30, 36, 48, 50, 46), fill=30, width=5)
+    ImageDraw.Draw(image).arc((30, 45, 66, 82), -90, 150, fill=30, width=5)
+    number, digits = read(image)
+    assert len(digits) == 1
+    assert number == "5"
+
+
+def test_specks_and_dots_are_no_digits():
+    pixels = seven()
+    pixels[85:91, 80:86] = pixels[10:14, 8:12] = 30  # a dot behind a signature, and a stain
+    assert read(boxed(pixels))[0] == "7"
+
+
+def test_single_keeps_to_one_digit():
+    (digit,) = read(np.concatenate([four(), seven()], axis=1), single=True)[1]
+    assert digit.box == pytest.approx([20, 20, 155, 80], abs=3)
+
+
+@pytest.mark.parametrize("turn", [lambda image: image, on_its_side])
+def test_boxes_are_in_pixels_of_the_upright_picture(turn, folder):
+    pixels = np.kron(np.concatenate([four(), seven()], axis=1), np.ones((12, 12), dtype=np.uint8))
+    image = turn(Image.fromarray(pixels))
+    image.save("a.jpg", exif=image.getexif())
+    (result,) = predict.main(["--model", str(ROOT / "pretrained.pt"), "--json", "a.jpg"])
+    assert result["number"] == "47"
+    assert result["digits"][1]["box"] == pytest.approx([12 * side for side in (130, 20, 155, 60)], abs=30)
+
+
+# --- predict.py ------------------------------------------------------------------------------------------------
 
 
 def bomb():
@@ -175,19 +403,26 @@ def png(pixels):
     return file.getvalue()
 
 
+def heic():
+    file = io.BytesIO()
+    Image.fromarray(noisy(seven())).save(file, "HEIF")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (None, "No such file"),
-        (b"", "not an image"),
-        (b"Dear diary", "not an image"),
+        (b"", "not a picture that can be read (image/png, by its name): save it as PNG or JPEG"),
+        (b"Dear diary", "not a picture that can be read (image/png, by its name): save it as PNG or JPEG"),
+        (heic()[:500], "damaged"),
         (png(noisy(seven()))[:2000], "damaged"),
         (bomb(), "pixels"),
         (animation(), "2 pictures"),
         (png(np.full((50, 50), 255, dtype=np.uint8)), "nothing to be seen"),
         (png(noisy(np.full((200, 200), 128, dtype=np.uint8))), "nothing to be seen"),
-        (png(np.zeros((1, 1), dtype=np.uint8)), "nothing to be seen"),
-        (png(np.array([[255, 0, 255], [0, 0, 0], [255, 0, 0]], dtype=np.uint8)), "nothing to be seen"),
+        (png(np.zeros((1, 1), dtype=np.uint8)), "it has only 1 x 1 pixels"),
+        (png(np.array([[255, 0, 255], [0, 0, 0], [255, 0, 0]], dtype=np.uint8)), "it has only 3 x 3 pixels"),
     ],
 )
 def test_unreadable_picture_is_named(content, reason, folder, capsys):
@@ -203,6 +438,35 @@ def test_unreadable_picture_is_named(content, reason, folder, capsys):
     (line,) = [line for line in err.splitlines() if "error" in line]
     assert line.startswith("predict.py: error: bad.png: ")
     assert reason in line
+
+
+def test_json_holds_every_digit(folder, capsys):
+    Path("a.png").write_bytes(png(np.concatenate([four(), seven()], axis=1)))
+    (result,) = predict.main(["--json", "--model", str(ROOT / "pretrained.pt"), "a.png"])
+    assert json.loads(capsys.readouterr().out) == result
+    assert result["number"] == "47"
+    assert [digit["digit"] for digit in result["digits"]] == [4, 7]
+    for digit in result["digits"]:
+        assert digit["probability"] == max(digit["probabilities"]) == digit["probabilities"][digit["digit"]]
+    assert "digit" not in result
+
+
+@pytest.mark.parametrize(
+    ("tops", "line"),
+    [
+        ([0.95], "a.png: 3 (95.0%), else 9 (0.6%)"),
+        ([0.6], "a.png: 3 (60.0%), else 9 (4.4%), not sure"),
+        ([0.95, 0.95], "a.png: 33 (95.0%, 95.0%)"),
+        ([0.95, 0.6], "a.png: 33 (95.0%, 60.0%), not sure"),
+    ],
+)
+def test_doubt_is_said(tops, line):
+    tables = [torch.full((10,), (1 - top) / 9) for top in tops]
+    for table, top in zip(tables, tops, strict=True):
+        table[3] = top
+    result = predict.as_result("a.png", [predict.Digit([0, 0, 9, 9], None, table) for table in tables], 1)
+    assert predict.as_text(result) == line
+    assert result["sure"] == (min(tops) > 0.9)
 
 
 def test_json_holds_ten_probabilities(folder, capsys):
