@@ -1,11 +1,16 @@
-"""Measure predict.py on pictures such as people have, made from MNIST's test digits.
+"""Measure predict.py on pictures such as people have, made from MNIST's test digits, or on your own.
 
 Usage, in the folder of mnist.py:
     python -m benchmarks.pictures                   # a Markdown table: the accuracy on each kind of picture
     python -m benchmarks.pictures --images 10000 --out pictures.json
+    python -m benchmarks.pictures FOLDER            # on the pictures in FOLDER; mistakes.png shows the mistakes
+
+FOLDER holds labels.tsv, a table with the columns picture and label and perhaps kind, separated by tabs; or a folder of
+pictures for each label: 0, 1, ..., 9.
 """
 
 import argparse
+import csv
 import io
 import json
 import math
@@ -13,19 +18,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from sklearn.datasets import load_digits
 
 import mnist
 import predict
 
 TEST_SIZE = 10_000
+SHEET = Path("mistakes.png")  # what FOLDER writes
+MOST = 100  # mistakes on it
 
 # --- Kinds of pictures: each function turns an image of mode L into another ---------------------------------------
 
 
 def ink(digit, _rng=None, scale=8):
     """Write a digit of MNIST in dark ink on light paper, `scale` times as large."""
-    large = digit.resize((28 * scale, 28 * scale), Image.Resampling.BICUBIC)
+    large = digit.resize((digit.width * scale, digit.height * scale), Image.Resampling.BICUBIC)
     return large.point(lambda value: 235 - value * 0.8)
 
 
@@ -80,6 +88,52 @@ def thick(image, _rng=None):
     return image.filter(ImageFilter.MinFilter(17))  # the ink grows by 8 pixels, one pixel of MNIST
 
 
+def framed(image, rng):
+    """Draw a box around the digit."""
+    inset, width = int(rng.integers(4, 16)), int(rng.integers(3, 8))
+    box = (inset, inset, image.width - 1 - inset, image.height - 1 - inset)
+    ImageDraw.Draw(image).rectangle(box, outline=31, width=width)
+    return image
+
+
+def ruled(image, rng, squared=False):
+    """Draw the lines of ruled paper, as dark as the ink."""
+    draw, width = ImageDraw.Draw(image), int(rng.integers(2, 6))
+    gap = int(rng.integers(60, 101))
+    for y in range(int(rng.integers(gap)), image.height, gap):
+        draw.line((0, y, image.width, y), fill=31, width=width)
+    for x in range(int(rng.integers(gap)), image.width if squared else 0, gap):
+        draw.line((x, 0, x, image.height), fill=31, width=width)
+    return image
+
+
+def squared(image, rng):
+    return ruled(image, rng, squared=True)
+
+
+def cropped(image, _rng=None):
+    return image.crop(ImageOps.invert(image).point(lambda value: 255 * (value > 90)).getbbox())
+
+
+def transparent(digit, _rng=None):
+    """Write the digit in white on a transparent ground, as a canvas exports it."""
+    large = digit.resize((224, 224), Image.Resampling.BICUBIC)
+    white = Image.new("RGBA", large.size, (255, 255, 255, 0))
+    white.putalpha(large)
+    return white
+
+
+def on_a_table(paper, rng):
+    """Photograph all of a sheet that lies a little askew on a dark wooden table."""
+    sheet = paper.convert("LA").rotate(rng.uniform(-4, 4), Image.Resampling.BICUBIC, expand=True)
+    width, height = (round(side * rng.uniform(1.1, 1.5)) for side in sheet.size)
+    grain = 80 + 10 * np.sin(np.linspace(0, rng.uniform(30, 120), height)) + rng.normal(0, 5, height)
+    table = Image.fromarray(np.tile(grain.astype(np.uint8)[:, None], (1, width)))
+    place = (int(rng.integers(width - sheet.width)), int(rng.integers(height - sheet.height)))
+    table.paste(sheet, place, sheet.getchannel("A"))
+    return table
+
+
 KINDS = {
     "MNIST's own image": [],
     "dark on light, 28 x 28": [lambda digit, rng: ink(digit, scale=1)],
@@ -93,10 +147,63 @@ KINDS = {
     "thin strokes": [ink, thin],
     "thick strokes": [ink, thick],
     "off-centre, lit from one side, noise, JPEG, rotated": [page, shaded, noisy, jpeg, rotated],
+    "cropped to the ink": [ink, cropped],
+    "in a drawn box": [ink, framed],
+    "on ruled paper": [ink, ruled],
+    "on squared paper": [ink, squared],
+    "white on a transparent ground": [transparent],
+    "a sheet on a table, photographed": [page, on_a_table, shaded, jpeg, rotated],
+    "two digits side by side": [ink],
 }
 
 
 # --- Measurement ---------------------------------------------------------------------------------------------------
+
+
+def made_up(count):
+    """Yield kinds of pictures, made from `count` test digits: a name, the pictures, and their labels as strings."""
+    _, (images, labels) = mnist.load_mnist(mnist.default_data_dir())
+    rng = np.random.default_rng(0)
+    sample = rng.permutation(len(images))[:count]
+    images, labels = images[sample].numpy(), labels[sample].numpy().astype(str)
+    for kind, transforms in KINDS.items():
+        digits, answers = images, labels
+        if kind.startswith("two"):
+            digits = np.concatenate([images, np.roll(images, 1, axis=0)], axis=2)
+            answers = np.char.add(labels, np.roll(labels, 1))
+        pictures = [Image.fromarray(digit) for digit in digits]
+        for transform in transforms:
+            pictures = [transform(picture, rng) for picture in pictures]
+        yield kind, pictures, answers.tolist()
+    uci = load_digits()
+    small = [Image.fromarray((digit * (255 / 16)).astype(np.uint8)) for digit in uci.images[:count]]
+    large = [picture.resize((64, 64), Image.Resampling.BICUBIC) for picture in small]
+    answers = uci.target[:count].astype(str).tolist()
+    yield "UCI's digits, 8 x 8", small, answers
+    yield "UCI's digits, enlarged to 64 x 64", large, answers
+
+
+def labelled(folder):
+    """Yield the kinds of pictures in a folder as made_up() does, with the paths of the pictures.
+
+    Raises UserError if there are none.
+    """
+    table, kinds = folder / "labels.tsv", {}
+    if table.exists():
+        with table.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            for row in csv.DictReader(file, delimiter="\t"):
+                if not row.get("picture") or not row.get("label"):
+                    raise mnist.UserError(
+                        f"{table}: a row has no picture or no label: the first line names the columns"
+                    )
+                kinds.setdefault(row.get("kind") or "all", []).append((folder / row["picture"], row["label"]))
+    else:
+        pictures = sorted(path for path in folder.glob("[0-9]/*") if path.is_file())
+        kinds["all"] = [(path, path.parent.name) for path in pictures]
+    if not any(kinds.values()):
+        raise mnist.UserError(f"{folder}: it holds neither labels.tsv nor pictures in folders named 0 to 9")
+    for kind, pairs in kinds.items():
+        yield kind, *zip(*pairs, strict=True)
 
 
 def invert_and_resize(image):
@@ -104,44 +211,66 @@ def invert_and_resize(image):
     return torch.from_numpy(np.array(ImageOps.invert(image.convert("L")).resize((28, 28))))
 
 
-def prepare(image):
-    """Return what predict.py makes of a picture; black if it finds nothing, which counts as a mistake."""
-    try:
-        return predict.prepare(image)
-    except mnist.UserError:
-        return torch.zeros(28, 28, dtype=torch.uint8)
+def measure(model, pictures, labels):
+    """Read PIL images, or files of pictures, and compare the answers with the labels.
+
+    Returns shares of the pictures in %, and a row for predict.contact_sheet() of each mistake.
+    """
+    right, sure, plain, mistakes = [], [], [], []
+    for picture, label in zip(pictures, labels, strict=True):
+        image, seen, result = Image.new("L", (28, 28)), torch.zeros(28, 28, dtype=torch.uint8), None
+        try:
+            image = predict.read_picture(picture)[0] if isinstance(picture, Path) else picture
+            digits = predict.read(model, image)
+            seen = torch.cat([digit.pixels for digit in digits], dim=1)
+            result = predict.as_result("", digits, 1)
+            caption = predict.as_text(result)
+        except mnist.UserError as error:
+            caption = f": {error}"
+        right.append(result is not None and result["number"] == label)
+        sure.append(result is not None and result["sure"])
+        plain.append(str(mnist.classify(model, invert_and_resize(image)[None]).argmax().item()) == label)
+        if not right[-1]:
+            name = picture if isinstance(picture, Path) else ""
+            mistakes.append((predict.to_grey(image).convert("L"), seen, f"{name} is {label}{caption}"))
+    right, sure = np.array(right), np.array(sure)
+    shares = {"predict": right, "not sure": ~sure, "wrong, but sure": sure & ~right, "plain": plain}
+    return {name: 100 * np.mean(values).item() for name, values in shares.items()}, mistakes
 
 
 def main(argv=()):
-    """Print the table. Returns, by the name of each kind, the accuracies in %: {"predict": ..., "plain": ...}."""
+    """Print the table. Returns, by the name of each kind, what it shows in %."""
     count = mnist.in_range(int, 1, TEST_SIZE + 1, f"a whole number from 1 to {TEST_SIZE}")
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.pictures", description="Measure predict.py on pictures of many kinds."
     )
+    parser.add_argument("folder", nargs="?", type=Path, help="of labelled pictures (default: pictures made from MNIST)")
     parser.add_argument("--images", type=count, default=1000, help="of the test set (default: %(default)s)")
     parser.add_argument("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
-    parser.add_argument("--out", type=mnist.writable, metavar="PATH", help="also write the accuracies here, as JSON")
+    parser.add_argument("--out", type=mnist.writable, metavar="PATH", help="also write the figures here, as JSON")
     args = parser.parse_args(argv)
     model, _ = mnist.load(weights := mnist.find_weights(args.model))
-    _, (images, labels) = mnist.load_mnist(mnist.default_data_dir())
-    rng = np.random.default_rng(0)
-    sample = rng.permutation(len(images))[: args.images]
-    print(f"Accuracy on {len(sample)} test digits, with {weights}:\n")
-    print("| picture | predict.py | invert and resize |\n| --- | --- | --- |")
-    results = {}
-    for kind, transforms in KINDS.items():
-        digits = {"predict": [], "plain": []}
-        for digit in images[sample]:
-            picture = Image.fromarray(digit.numpy())
-            for transform in transforms:
-                picture = transform(picture, rng)
-            digits["predict"].append(prepare(picture))
-            digits["plain"].append(invert_and_resize(picture))
-        results[kind] = {}
-        for method, prepared in digits.items():
-            correct = mnist.classify(model, torch.stack(prepared)).argmax(dim=1) == labels[sample]
-            results[kind][method] = 100 * correct.float().mean().item()
-        print(f"| {kind} | {results[kind]['predict']:.1f} % | {results[kind]['plain']:.1f} % |")
+    print(f"With {weights}, in %:\n")
+    print("| picture | n | right | not sure | wrong, but sure | invert and resize |\n| --- |" + " --- |" * 5)
+    results, mistakes, counts = {}, [], []
+
+    def report(kind, count):
+        print(f"| {kind} | {count} | {' | '.join(f'{share:.1f}' for share in results[kind].values())} |")
+
+    for kind, pictures, labels in labelled(args.folder) if args.folder else made_up(args.images):
+        results[kind], more = measure(model, pictures, labels)
+        mistakes += more
+        counts.append(len(labels))
+        report(kind, counts[-1])
+    if args.folder and len(counts) > 1:
+        means = np.average([list(shares.values()) for shares in results.values()], axis=0, weights=counts)
+        results["all"] = dict(zip(results[kind], means.tolist(), strict=True))
+        report("all", sum(counts))
+    if args.folder and mistakes:
+        file = io.BytesIO()
+        predict.contact_sheet(mistakes[:MOST]).save(file, "PNG")
+        mnist.write(file.getvalue(), SHEET)
+        print(f"\n{min(len(mistakes), MOST)} of {len(mistakes)} mistakes are shown in {SHEET}.")
     if args.out:
         mnist.write((json.dumps(results, indent=2) + "\n").encode(), args.out)
     return results

@@ -2,13 +2,17 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import mnist
 from benchmarks import pictures, seeds
+
+ROOT = Path(mnist.__file__).parent
 
 
 @pytest.fixture
@@ -270,8 +274,57 @@ def test_every_kind_of_picture_is_measured(small_mnist, folder, monkeypatch, cap
     monkeypatch.setenv("MNIST_DATA", small_mnist)
     results = pictures.main(["--images", "2", "--out", "results.json"])
     assert json.loads(Path("results.json").read_text()) == results
-    assert list(results) == list(pictures.KINDS)
-    assert capsys.readouterr().out.count(" % |") == 2 * len(results)
+    assert list(results)[:-2] == list(pictures.KINDS)
+    assert capsys.readouterr().out.count("| 2 |") == len(results)
+
+
+@pytest.fixture
+def own_pictures(tmp_path):
+    """A folder with two pictures of a 7, and one that cannot be read."""
+    own = tmp_path / "own pictures"
+    own.mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(ROOT / "assets" / "seven.png", own / name)
+    (own / "c.png").write_bytes(b"damaged")
+    return own
+
+
+def test_own_pictures_with_a_table(own_pictures, folder, capsys):
+    (own_pictures / "labels.tsv").write_text("label\tpicture\tkind\n7\ta.png\tone\n1\tb.png\tone\n7\tc.png\tother\n")
+    results = pictures.main([str(own_pictures), "--model", str(ROOT / "pretrained.pt")])
+    assert list(results) == ["one", "other", "all"]
+    assert results["one"] == results["one"] | {"predict": 50, "not sure": 0, "wrong, but sure": 50}
+    assert results["all"]["not sure"] == pytest.approx(100 / 3)
+    assert results["other"] == results["other"] | {"predict": 0, "not sure": 100, "wrong, but sure": 0}
+    assert "2 of 2 mistakes are shown in mistakes.png" in capsys.readouterr().out
+    with Image.open("mistakes.png") as sheet:
+        assert sheet.height > 2 * 224
+
+
+def test_own_pictures_with_a_folder_for_each_digit(own_pictures, folder):
+    for label, name in (("7", "a.png"), ("1", "b.png")):
+        (own_pictures / label).mkdir()
+        (own_pictures / name).rename(own_pictures / label / name)
+    results = pictures.main([str(own_pictures), "--model", str(ROOT / "pretrained.pt")])
+    assert results["all"]["predict"] == 50
+
+
+@pytest.mark.parametrize("table", [None, "", "picture\tlabel\n", "a.png\t7\n", "picture\tlabel\na.png\n"])
+def test_folder_without_labels_is_named(table, own_pictures, folder):
+    if table is not None:
+        (own_pictures / "labels.tsv").write_text(table)
+    with pytest.raises(mnist.UserError, match="own pictures"):
+        pictures.main([str(own_pictures)])
+
+
+def test_readmes_show_the_results_of_pictures():
+    results = json.loads((ROOT / "benchmarks" / "results" / "pictures.json").read_text())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    every = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for kind, shares in results.items():
+        assert f"| {kind} | {' | '.join(f'{share:.1f} %' for share in shares.values())} |" in every
+        if f"| {kind} |" in readme:
+            assert f"| {kind} | {shares['predict']:.1f} % | {shares['plain']:.1f} % |" in readme
 
 
 def test_missing_weights_of_pictures_are_named(folder):
