@@ -227,7 +227,7 @@ def test_set_overrides_a_constant():
 def test_readme_gives_the_results():
     folder = Path(seeds.__file__).parent
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    paths = list((folder / "results").rglob("*.json"))
+    paths = [path for path in (folder / "results").rglob("*.json") if path.name != "pictures.json"]
     assert paths
     for path in paths:
         summary = seeds.summarize(seeds.load_results(path))
