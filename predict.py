@@ -104,15 +104,15 @@ def flatten(grey, part):
     return np.where(part, grey, np.median(grey[part]))
 
 
-def find_sheet(grey):
-    """Return which pixels (H, W) of a picture are on a light sheet with little ink that lies on something dark.
+def find_sheet(light):
+    """Find a light sheet with little ink on something dark, given which pixels (H, W) of a picture are light.
 
-    None if there is no such sheet, of more than half the picture's width and height.
+    Returns which pixels are on it, or None if there is none of more than half the picture's width and height.
     """
-    labels, _ = ndimage.label(grey > otsu(grey))
+    labels, _ = ndimage.label(light)
     light = labels == np.bincount(labels.ravel())[1:].argmax() + 1
     box = bounding_box(light)
-    large = all(2 * (part.stop - part.start) > side for part, side in zip(box, grey.shape, strict=True))
+    large = all(2 * (part.stop - part.start) > side for part, side in zip(box, light.shape, strict=True))
     if not large or light[box].mean() < 0.8 or light.mean() > 0.8 or border(light).mean() > 0.3:
         return None
     sheet = ndimage.minimum_filter(ndimage.binary_fill_holes(light), 5)  # less its edge
@@ -219,7 +219,7 @@ def views(grey):
     light = flat > otsu(flat)
     corners = light[[0, 0, -1, -1], [0, -1, 0, -1]]
     light_ground = (light.mean() + border(light).mean() + corners.mean()) / 1.5 - 1  # from -1, surely not, to 1
-    light_sheet, dark_sheet = find_sheet(flat), find_sheet(-flat)
+    light_sheet, dark_sheet = find_sheet(light), find_sheet(~light)
     for polarity, likely, on, itself in (
         (-1, light_ground, light_sheet, dark_sheet),
         (1, -light_ground, dark_sheet, light_sheet),
@@ -267,7 +267,7 @@ def read(model, image, single=False):
     if is_mnist(np.asarray(grey)):
         ways = [(0, [(bounding_box(np.asarray(grey)), torch.from_numpy(np.array(grey)).byte())])]
     else:
-        times = max(1, math.ceil(SMALL / max(grey.size)))
+        times = math.ceil(SMALL / max(grey.size))
         grey = grey.resize((times * grey.width, times * grey.height), Image.Resampling.BICUBIC)
         ways = readings(np.asarray(grey, dtype=np.float32), single)
     if not ways:
@@ -321,8 +321,8 @@ def read_picture(name):
     return image, width / image.width
 
 
-def contact_sheet(rows):
-    """Return an image with a row for each (picture, digits as the network saw them (28, 28 n), caption)."""
+def write_sheet(rows, path):
+    """Write a PNG file with a row for each (picture, digits as the network saw them (28, 28 n), caption)."""
     side, gap = 224, 16
     sheet = Image.new("RGB", (2 * side + 3 * gap, gap + len(rows) * (side + 3 * gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
@@ -334,7 +334,9 @@ def contact_sheet(rows):
         while draw.textlength(caption, font) > 2 * side + gap:
             caption = "…" + caption[2:]
         draw.text((gap, top + side + 4), caption, "black", font)
-    return sheet
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    mnist.write(buffer.getvalue(), path)
 
 
 def expand(pattern):
@@ -409,9 +411,7 @@ def main(argv):
             seen = torch.cat([digit.pixels for digit in digits], dim=1)
             rows.append((to_grey(image).convert("L"), seen, as_text(results[-1])))
     if rows:
-        buffer = io.BytesIO()
-        contact_sheet(rows).save(buffer, "PNG")
-        mnist.write(buffer.getvalue(), SHEET)
+        write_sheet(rows, SHEET)
     if len(results) < len(args.pictures):
         sys.exit(1)
     return results

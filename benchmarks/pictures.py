@@ -214,7 +214,7 @@ def invert_and_resize(image):
 def measure(model, pictures, labels):
     """Read PIL images, or files of pictures, and compare the answers with the labels.
 
-    Returns shares of the pictures in %, and a row for predict.contact_sheet() of each mistake.
+    Returns shares of the pictures in %, and a row for predict.write_sheet() of each mistake.
     """
     right, sure, plain, mistakes = [], [], [], []
     for picture, label in zip(pictures, labels, strict=True):
@@ -267,9 +267,7 @@ def main(argv=()):
         results["all"] = dict(zip(results[kind], means.tolist(), strict=True))
         report("all", sum(counts))
     if args.folder and mistakes:
-        file = io.BytesIO()
-        predict.contact_sheet(mistakes[:MOST]).save(file, "PNG")
-        mnist.write(file.getvalue(), SHEET)
+        predict.write_sheet(mistakes[:MOST], SHEET)
         print(f"\n{min(len(mistakes), MOST)} of {len(mistakes)} mistakes are shown in {SHEET}.")
     if args.out:
         mnist.write((json.dumps(results, indent=2) + "\n").encode(), args.out)

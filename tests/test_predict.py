@@ -283,9 +283,9 @@ def test_tiny_digits_are_read(times):
 
 
 def test_narrow_sheet_is_no_sheet():
-    pixels = np.zeros((60, 6))
-    pixels[3:57, 1:5] = 255
-    assert predict.find_sheet(pixels) is None
+    light = np.zeros((60, 6), dtype=bool)
+    light[3:57, 1:5] = True
+    assert predict.find_sheet(light) is None
 
 
 @pytest.mark.filterwarnings("error")
@@ -375,7 +375,7 @@ def test_boxes_are_in_pixels_of_the_upright_picture(turn, folder):
     assert result["digits"][1]["box"] == pytest.approx([12 * side for side in (130, 20, 155, 60)], abs=30)
 
 
-# --- predict.py ------------------------------------------------------------------------------------------------
+# --- predict.py ----------------------------------------------------------------------------------------------------
 
 
 def bomb():
