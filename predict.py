@@ -349,7 +349,7 @@ def parse_args(argv):
     add = parser.add_argument
     add("pictures", nargs="+", metavar="PICTURE", help="an image file; - is standard input")
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
-    add("--single", action="store_true", help="each picture shows one digit")
+    add("--single", action="store_true", help="read each picture as one digit, even if it is in pieces")
     add("--json", action="store_true", help="print a line of JSON for each picture, with boxes and probabilities")
     add("--show", action="store_true", help=f"write {SHEET}: each picture beside what the network saw")
     args = parser.parse_args(argv)
