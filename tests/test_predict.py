@@ -289,6 +289,12 @@ def test_narrow_sheet_is_no_sheet():
 
 
 @pytest.mark.filterwarnings("error")
+def test_blank_sheet_holds_no_ink():
+    sheet = np.full((90, 90), 200, dtype=np.float32)
+    assert predict.find_ink(-predict.flatten(sheet, sheet > 0)) is None
+
+
+@pytest.mark.filterwarnings("error")
 @settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(["noise", "slope", "step", "specks", "alpha"]))
 @example(1, 20, "step")
