@@ -480,7 +480,7 @@ def write(content, path):
 
 
 def writable(path):
-    """Return `path` as a Path if the weights of a network can be written there: an argparse type.
+    """Return `path` as a Path if the network can be written there: an argparse type.
 
     Found out before training, which takes a minute or more, and not after it.
     """
@@ -490,7 +490,7 @@ def writable(path):
     try:
         if path.exists() and not path.is_file():  # a folder; or /dev/null, which must not be replaced by a file
             raise FileExistsError(errno.EEXIST, "it exists and is not a file")
-        write(bytes(2**17), trial)  # more than the weights take
+        write(bytes(2**18), trial)  # more than the weights take, or the page of export.py
         trial.unlink()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,522 @@
+"""export.py: the page, in a real browser, and the ONNX file, in a real runtime."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from playwright.sync_api import Error, sync_playwright
+
+import export
+import mnist
+
+ROOT = Path(mnist.__file__).parent
+STROKES = json.loads(
+    Path(__file__).with_name("strokes.json").read_text()
+)  # {digit: ten drawings}: strokes, from 0 to 100
+SCRIBBLE = [[[10 + 37 * i * i % 80, 10 + 53 * i * i * i % 80] for i in range(60)]]
+BESIDE = [[[20, 20], [20, 80]], [[80, 20], [80, 80]]]  # two strokes, no digit
+STAGES = (
+    "conv1 bn1 relu 16 28 28",
+    "conv2 bn2 pool1 relu 32 14 14",
+    "squeeze1 8 14 14",
+    "conv3 bn3 relu 16 14 14",
+    "conv4 bn4 pool2 relu 32 7 7",
+    "squeeze2 8 7 7",
+    "conv5 bn5 relu 16 5 5",
+    "conv6 bn6 relu 32 3 3",
+    "squeeze3 bn7 relu 8 3 3",
+    "fc 10 1 1",
+)
+
+# By events in the page: real input, as in other tests, takes some 30 ms for each point.
+DRAW = """
+async ([drawing, left, top, size]) => {
+  const box = paper.getBoundingClientRect();
+  for (const stroke of drawing) {
+    stroke.forEach(([x, y], i) => {
+      const clientX = box.left + box.width * (left + size * x / 100);
+      const clientY = box.top + box.height * (top + size * y / 100);
+      const send = (type) => paper.dispatchEvent(new PointerEvent(type, {pointerId: 1, clientX, clientY}));
+      send(i ? "pointermove" : "pointerdown");
+      if (i === stroke.length - 1) send("pointerup");
+    });
+  }
+  await new Promise(requestAnimationFrame);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with draw.html and mnist.onnx of pretrained.pt."""
+    folder = tmp_path_factory.mktemp("exported")
+    for name in ("draw.html", "mnist.onnx"):
+        export.main(["--model", str(ROOT / "pretrained.pt"), "--out", str(folder / name)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def test_digits():
+    """The first 1,000 test images, and the logits that PyTorch gives for them."""
+    images = mnist.load_mnist(mnist.default_data_dir())[1][0][:1000]
+    model, _ = mnist.load(ROOT / "pretrained.pt")
+    return images, mnist.classify(model, images)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium, else the Chrome that is installed."""
+    with sync_playwright() as playwright:
+        chromium = shutil.which("chromium")
+        try:
+            yield playwright.chromium.launch(executable_path=chromium, channel=None if chromium else "chrome")
+        except Error:
+            if "CI" in os.environ:
+                raise
+            pytest.skip("neither Chromium nor Chrome is installed")
+
+
+@pytest.fixture
+def open_page(browser, exported):
+    """A function that opens the page; in the end nothing may be on its console, and nothing have been requested."""
+    pages, events = [], []
+
+    def open_page(path=exported / "draw.html", width=1280, height=900, **options):
+        page = browser.new_page(viewport={"width": width, "height": height}, **options)
+        page.on("console", lambda message: events.append(message.text))
+        page.on("pageerror", lambda error: events.append(str(error)))
+        page.on("request", lambda request: events.append(request.url))
+        page.goto(path.as_uri())
+        assert events == [path.as_uri()]
+        events.clear()
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert events == []
+
+
+@pytest.fixture
+def page(open_page):
+    return open_page()
+
+
+def draw(page, drawing, left=0.0, top=0.0, size=1.0):
+    """Draw on the page, on a square from (left, top) to (left + size, top + size) of the paper."""
+    page.evaluate(DRAW, [drawing, left, top, size])
+
+
+def draw_with_mouse(page, drawing):
+    box = page.locator("#paper").bounding_box()
+    for stroke in drawing:
+        for i, (x, y) in enumerate(stroke):
+            page.mouse.move(box["x"] + box["width"] * x / 100, box["y"] + box["height"] * y / 100)
+            if i == 0:
+                page.mouse.down()
+        page.mouse.up()
+
+
+def settle(page):
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def answer(page):
+    """Return the text that the page answers: a digit, perhaps with "not sure", or nothing."""
+    settle(page)
+    return page.inner_text("#answer").strip()
+
+
+def alpha(page, canvas):
+    """Return how opaque each pixel of a canvas is, from 0 to 255, as a JavaScript array's handle."""
+    settle(page)
+    return page.evaluate_handle(
+        """(canvas) => {
+            const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", {willReadFrequently: true});
+            copy.drawImage(canvas, 0, 0);
+            return [...copy.getImageData(0, 0, canvas.width, canvas.height).data.filter((_, i) => i % 4 === 3)];
+        }""",
+        page.query_selector(canvas),
+    )
+
+
+def ink(page):
+    """Return the share of the paper that is drawn on."""
+    return alpha(page, "#paper").evaluate("values => values.filter((value) => value).length / values.length")
+
+
+# --- The page ------------------------------------------------------------------------------------------------------
+
+
+def test_logits_are_those_of_pytorch(page, test_digits):
+    images, logits = test_digits
+    found = page.evaluate(
+        "images => images.map((pixels) => [...forward(pixels).at(-1).data])", images.flatten(1).tolist()
+    )
+    assert torch.tensor(found).sub(logits).abs().max() < 1e-3
+    assert torch.equal(torch.tensor(found).argmax(dim=1), logits.argmax(dim=1))
+
+
+@pytest.mark.parametrize(("left", "top", "size"), [(0, 0, 1), (0.1, 0.45, 0.5), (0.75, 0.05, 0.2)])
+def test_drawn_digits_are_read(left, top, size, page):
+    wrong = []
+    for digit, drawings in STROKES.items():
+        for number, drawing in enumerate(drawings):
+            draw(page, drawing, left, top, size)
+            if (found := answer(page)) != digit:
+                wrong.append((digit, number, found))
+            page.keyboard.press("Escape")
+    assert wrong == []
+
+
+def test_it_answers_while_one_draws(page):
+    box = page.locator("#paper").bounding_box()
+    page.mouse.move(box["x"] + 100, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 100, box["y"] + 200, steps=5)
+    assert answer(page) == "1"
+    assert page.inner_text("#status") == ""  # a screen reader need not speak yet
+    page.mouse.up()
+    settle(page)
+    assert page.text_content("#status").strip() == "1"
+
+
+@pytest.mark.parametrize("width", [360, 2560])
+@pytest.mark.parametrize("ratio", [1, 3])
+def test_windows_of_any_size(width, ratio, open_page):
+    page = open_page(width=width, height=740, device_scale_factor=ratio)
+    for digit in ("2", "9"):
+        draw_with_mouse(page, STROKES[digit][1])
+        assert answer(page) == digit
+        page.click("#clear")
+    assert page.evaluate("paper.width / paper.clientWidth") == pytest.approx(ratio, rel=0.01)  # it is sharp
+    page.click("summary")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.locator("#paper").bounding_box()["width"] > 300
+
+
+@pytest.mark.parametrize("kind", ["touch", "pen"])
+def test_touch_and_pen(kind, open_page):
+    page = open_page(width=360, height=500, has_touch=True)  # lower than the page, which could scroll
+    box = page.locator("#paper").bounding_box()
+    session = page.context.new_cdp_session(page)
+    for stroke in STROKES["4"][0]:
+        for i, (x, y) in enumerate(stroke):
+            point = {"x": box["x"] + box["width"] * x / 100, "y": box["y"] + box["height"] * y / 100}
+            if kind == "touch":
+                kwargs = {"type": "touchMove" if i else "touchStart", "touchPoints": [point]}
+                session.send("Input.dispatchTouchEvent", kwargs)
+            else:
+                kwargs = {"type": "mouseMoved" if i else "mousePressed", "button": "left", "clickCount": 1, **point}
+                session.send("Input.dispatchMouseEvent", {**kwargs, "buttons": 1, "pointerType": "pen"})
+        if kind == "touch":
+            session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        else:
+            kwargs = {"type": "mouseReleased", "button": "left", "clickCount": 1, **point}
+            session.send("Input.dispatchMouseEvent", {**kwargs, "pointerType": "pen"})
+    assert answer(page) == "4"
+    assert page.evaluate("strokes.length") == len(STROKES["4"][0])
+    assert page.evaluate("scrollY") == 0
+
+
+def test_a_second_finger_and_the_right_button_draw_nothing(page):
+    box = page.locator("#paper").bounding_box()
+    page.mouse.move(box["x"] + 100, box["y"] + 100)
+    page.mouse.down(button="right")
+    page.mouse.move(box["x"] + 200, box["y"] + 200)
+    page.mouse.up(button="right")
+    assert ink(page) == 0
+    page.mouse.down()
+    page.evaluate("""for (const type of ["pointerdown", "pointermove", "pointerup"])
+        paper.dispatchEvent(new PointerEvent(type, {pointerId: 7, clientX: 0, clientY: 0}))""")
+    page.mouse.move(box["x"] + 200, box["y"] + 300)
+    page.mouse.up()
+    assert page.evaluate("strokes.length") == 1
+    assert page.evaluate("strokes[0].every(([x, y]) => x > 0.2)")
+
+
+def test_a_stroke_ends_at_the_edge(page):
+    draw(page, [[[50, 50], [150, 50], [150, -40]]])
+    assert page.evaluate("strokes[0]") == [[0.5, 0.5], [1, 0.5], [1, 0]]
+
+
+def test_empty_paper(page):
+    assert answer(page) == ""
+    assert ink(page) == 0
+    assert page.inner_text("#bars").split() == list("0123456789")
+    assert page.is_visible("#hint")
+
+
+def test_a_tap_is_a_dot_and_no_digit(page):
+    box = page.locator("#paper").bounding_box()
+    page.mouse.click(box["x"] + 50, box["y"] + 50)
+    assert 0 < ink(page) < 0.01
+    assert answer(page) == ""
+    assert not page.is_visible("#hint")
+
+
+def test_a_scribble_is_not_sure(page):
+    draw(page, SCRIBBLE)
+    assert re.fullmatch(r"\d\s*not sure", answer(page))
+    assert max(page.evaluate("softmax(forward(toForm(strokes)).at(-1).data)")) < export.predict.SURE
+
+
+def test_the_probabilities_add_up(page):
+    draw(page, SCRIBBLE)
+    settle(page)
+    rows = [item.split() for item in page.locator("#bars li").all_inner_texts()]
+    assert [row[0] for row in rows] == list("0123456789")
+    assert sum(float(row[1]) for row in rows) == pytest.approx(100, abs=1)
+
+
+@pytest.mark.parametrize("how", ["button", "key"])
+def test_clear(how, page):
+    draw(page, BESIDE)
+    assert ink(page) > 0.05
+    page.click("#clear") if how == "button" else page.keyboard.press("Escape")
+    assert ink(page) == 0
+    assert answer(page) == ""
+    draw(page, STROKES["3"][0])
+    assert answer(page) == "3"
+
+
+def test_clear_in_the_middle_of_a_stroke(page):
+    box = page.locator("#paper").bounding_box()
+    page.mouse.move(box["x"] + 100, box["y"] + 100)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 200, box["y"] + 200)
+    page.keyboard.press("Escape")
+    page.mouse.move(box["x"] + 300, box["y"] + 300)
+    page.mouse.up()
+    assert ink(page) == 0
+
+
+@pytest.mark.parametrize("how", ["button", "key"])
+def test_undo_takes_away_the_last_stroke(how, page):
+    draw(page, BESIDE[:1])
+    before = ink(page)
+    draw(page, BESIDE[1:])
+    assert ink(page) > 1.5 * before
+    for expected in (before, 0, 0):
+        page.click("#undo") if how == "button" else page.keyboard.press("Control+z")
+        assert ink(page) == expected
+
+
+def test_form_is_that_of_mnist(page):
+    for drawing in (STROKES["1"][0], STROKES["0"][3], STROKES["7"][5]):
+        draw(page, drawing, left=0.5, top=0.1, size=0.3)
+        pixels = np.array(page.evaluate("[...toForm(strokes)]")).reshape(28, 28)
+        rows, columns = np.nonzero(pixels)
+        assert max(np.ptp(rows), np.ptp(columns)) + 1 in (20, 21)  # 21 if it begins between two pixels
+        assert np.average(rows, weights=pixels[rows, columns]) == pytest.approx(14, abs=0.2)
+        assert np.average(columns, weights=pixels[rows, columns]) == pytest.approx(14, abs=0.2)
+        assert pixels.max() == 255
+        assert np.array_equal(np.reshape(alpha(page, "#seen").json_value(), (28, 28)), pixels)
+        page.keyboard.press("Escape")
+
+
+def test_test_digits(page):
+    buttons = page.locator("#examples button")
+    names = buttons.all_inner_texts()
+    assert names[:10] == list("0123456789")
+    assert len(names) == 10 + export.MISTAKES
+    draw(page, STROKES["3"][0])
+    for button, name in zip(buttons.all(), names, strict=True):
+        button.click()
+        assert answer(page)[0] == name[-1]
+        assert ("→" in name) == ("taken for" in button.get_attribute("aria-label"))
+    page.click("#undo")
+    assert answer(page) == "3"  # the drawing is back
+    buttons.nth(5).click()
+    draw(page, STROKES["8"][0])
+    assert answer(page) == "8"  # it is a new drawing
+    assert page.evaluate("strokes.length") == len(STROKES["8"][0])
+
+
+def test_look_inside(page):
+    assert not page.is_visible("#inside")
+    page.click("summary")
+    stages = page.locator("#inside figure").all()
+    assert [re.split(r"\W+", stage.inner_text()) for stage in stages] == [stage.split() for stage in STAGES]
+    for stage, name in zip(stages, STAGES, strict=True):
+        *_, channels, height, width = name.split()
+        maps = stage.locator("canvas")
+        assert maps.count() == int(channels)
+        assert maps.first.evaluate("canvas => [canvas.height, canvas.width]") == [int(height), int(width)]
+
+    def pictures():
+        settle(page)
+        return page.evaluate("[...document.querySelectorAll('.maps canvas')].map((canvas) => canvas.toDataURL())")
+
+    draw(page, STROKES["0"][0])
+    of_zero = pictures()
+    page.keyboard.press("Escape")
+    draw(page, STROKES["1"][0])
+    changed = [before != after for before, after in zip(of_zero, pictures(), strict=True)]
+    assert sum(changed) > 150  # of 178
+
+
+def test_what_is_not_drawing_needs_no_mouse(page):
+    def focused():
+        page.keyboard.press("Tab")
+        return page.evaluate("document.activeElement.ariaLabel ?? document.activeElement.textContent.trim()")
+
+    assert [focused() for _ in range(5)] == ["Undo", "Clear", "Test digit 0", "Test digit 1", "Test digit 2"]
+    page.keyboard.press("Enter")
+    settle(page)
+    assert page.text_content("#status").strip() == "2"  # what a screen reader says
+    for _ in range(7 + export.MISTAKES):
+        focused()
+    assert focused() == "Look inside"
+    page.keyboard.press("Enter")
+    assert page.is_visible("#inside")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark(scheme, open_page):
+    page = open_page(color_scheme=scheme)
+    draw(page, STROKES["4"][0])
+    settle(page)
+
+    def lightness(colour):
+        return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
+
+    ground = page.evaluate("getComputedStyle(paper).backgroundColor")
+    pen = page.evaluate("paper.getContext('2d').strokeStyle").lstrip("#")
+    strength = lightness(ground) - sum(bytes.fromhex(pen)) / 3
+    assert strength > 180 if scheme == "light" else strength < -180
+
+
+def test_the_theme_may_change(page):
+    draw(page, STROKES["4"][0])
+    page.emulate_media(color_scheme="dark")
+    settle(page)
+    assert page.evaluate("paper.getContext('2d').strokeStyle") == "#ececec"
+
+
+def test_the_policy_refuses_requests(browser, exported):
+    page = browser.new_page()
+    page.goto((exported / "draw.html").as_uri())
+    assert page.evaluate("fetch('data:,x').then(() => 'allowed', () => 'refused')") == "refused"
+    page.close()
+
+
+def test_the_template_opens_as_it_is(open_page):
+    page = open_page(export.TEMPLATE)
+    assert page.is_visible("#template")
+    draw_with_mouse(page, BESIDE)
+    assert ink(page) > 0.05
+    assert page.evaluate("toForm(strokes).some((value) => value === 255)")
+
+
+def test_page_is_small_and_no_template(exported):
+    content = (exported / "draw.html").read_text(encoding="utf-8")
+    assert len(content.encode()) < 150_000
+    assert export.PLACE not in content
+    assert content.startswith(export.TEMPLATE.read_text(encoding="utf-8").partition(export.PLACE)[0])
+
+
+# --- ONNX ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 1000])
+def test_probabilities_are_those_of_pytorch(batch, exported, test_digits):
+    images, logits = test_digits
+    session = onnxruntime.InferenceSession(exported / "mnist.onnx")
+    found = [session.run(None, {"images": part.numpy()})[0] for part in images.split(batch)]
+    assert np.abs(np.concatenate(found) - logits.softmax(dim=1).numpy()).max() < 1e-5
+
+
+def test_onnx_is_one_file_that_says_what_it_is(exported):
+    assert {path.name for path in exported.iterdir()} == {"draw.html", "mnist.onnx"}
+    session = onnxruntime.InferenceSession(exported / "mnist.onnx")
+    (images,), (probabilities,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["N", 28, 28])
+    assert (probabilities.name, probabilities.shape) == ("probabilities", ["N", 10])
+    metadata = session.get_modelmeta().custom_metadata_map
+    model, _ = mnist.load(ROOT / "pretrained.pt")
+    _, correct = mnist.test(model, *mnist.load_mnist(mnist.default_data_dir())[1])
+    assert metadata["accuracy"] == f"{correct / 100:.2f} % of MNIST's 10,000 test digits"
+    assert "20 x 20" in metadata["description"]
+    assert metadata["licence"].startswith("MIT")
+
+
+def test_readme_uses_onnx(exported, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n([^`]*onnxruntime[^`]*)```", (ROOT / "README.md").read_text(encoding="utf-8"))
+    monkeypatch.chdir(exported)
+    shutil.copytree(ROOT / "assets", "assets")
+    try:
+        exec(code, {})
+    finally:
+        shutil.rmtree("assets")
+    assert capsys.readouterr().out == "7\n"
+
+
+def test_every_parameter_is_in_it(exported):
+    parameters = sum(tensor.numel() for tensor in mnist.Net().parameters())
+    folded = 2 * (16 + 32 + 16 + 32 + 16 + 32 + 8)  # weights and biases of BatchNorm
+    weights = onnx.load(exported / "mnist.onnx").graph.initializer
+    assert sum(np.prod(tensor.dims, dtype=int) for tensor in weights) == parameters - folded + 4
+
+
+# --- Command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["draw.html", "mnist.onnx"])
+def test_the_weights_are_those_named(name, folder, small_mnist, checkpoint):
+    files = []
+    torch.manual_seed(1)
+    torch.save(mnist.Net().state_dict(), "other.pt")
+    for options in ([], ["--model", "mnist.pt"], ["--model", "other.pt"]):
+        assert export.main(["--data-dir", small_mnist, "--out", name, *options]) == Path(name)
+        files.append(Path(name).read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_a_page_is_the_default(folder, small_mnist, capsys):
+    assert export.main(["--data-dir", small_mnist]) == Path("draw.html")
+    assert capsys.readouterr().out.startswith("Using the weights in mnist.pt\nWrote draw.html (")
+
+
+def test_a_network_without_mistakes(folder, small_mnist, monkeypatch, digits):
+    monkeypatch.setattr(mnist, "classify", lambda model, images: torch.eye(10)[digits(len(images))[1]])
+    export.main(["--data-dir", small_mnist])
+    text = Path("draw.html").read_text(encoding="utf-8")
+    assert '"accuracy": "100.00"' in text
+    assert text.count('"label"') == 10
+
+
+@pytest.mark.parametrize("value", ["draw.pdf", "draw", "no/draw.html", "."])
+def test_other_files_are_refused(value, assert_refused):
+    assert_refused(export.main, "--out", value)
+
+
+def test_missing_weights_are_named(folder):
+    with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
+        export.main(["--model", "absent.pt"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
+def test_full_disk_is_refused(folder, full_disk):
+    Path("draw.html").write_bytes(b"an earlier page")
+    done = subprocess.run([sys.executable, export.__file__], capture_output=True, text=True, preexec_fn=full_disk)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "export.py: error: argument --out: cannot write draw.html: File too large"
+    assert Path("draw.html").read_bytes() == b"an earlier page"
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        export.main(["--help"])
+    assert stop.value.code == 0
+    assert ".html or .onnx" in capsys.readouterr().out
