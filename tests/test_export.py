@@ -188,7 +188,7 @@ def test_it_answers_while_one_draws(page):
     assert page.text_content("#status") == "No digit"  # a screen reader need not speak yet
     page.mouse.up()
     settle(page)
-    assert page.text_content("#status") == "It reads 1 "
+    assert page.text_content("#status") == "It reads 1"
 
 
 @pytest.mark.parametrize("width", [360, 2560])
@@ -317,6 +317,7 @@ def test_a_tap_is_a_dot_and_no_digit(page):
 def test_a_scribble_is_not_sure(page):
     draw(page, SCRIBBLE)
     assert re.fullmatch(r"\d\s*not sure", answer(page))
+    assert page.text_content("#status").endswith(", not sure")
     assert max(page.evaluate("softmax(forward(toForm(strokes)).at(-1).data)")) < export.predict.SURE
 
 
@@ -447,7 +448,7 @@ def test_what_is_not_drawing_needs_no_mouse(page):
     assert [focused() for _ in range(5)] == ["Undo", "Clear", "Test digit 0", "Test digit 1", "Test digit 2"]
     page.keyboard.press("Enter")
     settle(page)
-    assert page.text_content("#status") == "It reads 2 "  # what a screen reader says
+    assert page.text_content("#status") == "It reads 2"  # what a screen reader says
     for _ in range(7 + export.MISTAKES):
         focused()
     assert focused() == "Look inside"
