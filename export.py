@@ -1,7 +1,7 @@
 """Export the trained network: as a page on which one draws a digit, or as ONNX for other programs.
 
 Usage:
-    python export.py --out draw.html   # one file, open it with a double click: no server, no network
+    python export.py --out draw.html   # open it with a double click: it is one file and works offline
     python export.py --out mnist.onnx  # uint8 images (N, 28, 28) in, probabilities (N, 10) out
 """
 
@@ -23,6 +23,7 @@ import predict
 
 TEMPLATE = Path(__file__).with_name("assets") / "draw.html"
 PLACE = '<script id="exported" type="application/json">null</script>'  # where the template takes what is exported
+FORMATS = (".html", ".onnx")
 MISTAKES = 6  # test digits on the page that the network reads wrong
 
 
@@ -77,8 +78,8 @@ def to_page(model, images, labels):
 def to_onnx(model, accuracy):
     """Return the network as an ONNX model of its own: uint8 images (N, 28, 28) in, probabilities (N, 10) out.
 
-    It is built operator by operator because torch.onnx.export() fails in PyTorch 2.6, writes lines of the source and
-    its path into the file, and needs seconds and two more packages.
+    It is built operator by operator: the older exporter of torch.onnx is deprecated, and the newer one fails in PyTorch
+    2.6 and writes lines of the source, with their path, into the file.
     """
     nodes, constants, layers = [], [], fold(model)
 
@@ -120,28 +121,36 @@ def to_onnx(model, accuracy):
     images = helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["N", 28, 28])
     probabilities = helper.make_tensor_value_info("probabilities", onnx.TensorProto.FLOAT, ["N", 10])
     graph = helper.make_graph(nodes, "mnist", [images], [probabilities], constants)
-    exported = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    exported = helper.make_model(
+        graph,
+        ir_version=8,  # this and opset 17 are read by all of ONNX Runtime since 1.12
+        opset_imports=[helper.make_opsetid("", 17)],
+        producer_name="mnist.py",
+        doc_string="Reads handwritten digits: white on black, in a box of 20 x 20, centred by mass in 28 x 28",
+    )
     metadata = {
-        "description": "Reads handwritten digits: white on black, in a box of 20 x 20, centred by mass in 28 x 28",
         "accuracy": f"{accuracy:.2f} % of MNIST's 10,000 test digits",
         "licence": "MIT; trained on MNIST, by Y. LeCun, C. Cortes and C. J. C. Burges, CC BY-SA 3.0",
     }
     helper.set_model_props(exported, metadata)
-    onnx.checker.check_model(exported, full_check=True)
     return exported
+
+
+def exportable(path):
+    """Return `path` as a Path if it names a page or an ONNX file that can be written: an argparse type."""
+    if Path(path).suffix.lower() not in FORMATS:
+        raise argparse.ArgumentTypeError(f"{path} does not end in {' or '.join(FORMATS)}")
+    return mnist.writable(path)
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="export.py", description="Export the trained network: as a page, or as ONNX.")
     add = parser.add_argument
-    add("--out", type=mnist.writable, default="draw.html", metavar="PATH", help=".html or .onnx (default: %(default)s)")
+    add("--out", type=exportable, default="draw.html", metavar="PATH", help=".html or .onnx (default: %(default)s)")
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
     data_dir = mnist.default_data_dir()
     add("--data-dir", type=Path, default=data_dir, help="folder of the data (default: $MNIST_DATA or data/)")
-    args = parser.parse_args(argv)
-    if args.out.suffix.lower() not in (".html", ".onnx"):
-        parser.error(f"argument --out: {args.out} does not end in .html or .onnx")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=()):

@@ -19,9 +19,8 @@ import export
 import mnist
 
 ROOT = Path(mnist.__file__).parent
-STROKES = json.loads(
-    Path(__file__).with_name("strokes.json").read_text()
-)  # {digit: ten drawings}: strokes, from 0 to 100
+# {digit: ten drawings}: strokes of [x, y] from 0 to 100, made for these tests. Nothing was tuned on them.
+STROKES = json.loads(Path(__file__).with_name("strokes.json").read_text())
 SCRIBBLE = [[[10 + 37 * i * i % 80, 10 + 53 * i * i * i % 80] for i in range(60)]]
 BESIDE = [[[20, 20], [20, 80]], [[80, 20], [80, 80]]]  # two strokes, no digit
 STAGES = (
@@ -78,11 +77,12 @@ def browser():
     with sync_playwright() as playwright:
         chromium = shutil.which("chromium")
         try:
-            yield playwright.chromium.launch(executable_path=chromium, channel=None if chromium else "chrome")
+            browser = playwright.chromium.launch(executable_path=chromium, channel=None if chromium else "chrome")
         except Error:
-            if "CI" in os.environ:
+            if chromium or "CI" in os.environ:
                 raise
             pytest.skip("neither Chromium nor Chrome is installed")
+        yield browser
 
 
 @pytest.fixture
@@ -206,7 +206,10 @@ def test_windows_of_any_size(width, ratio, open_page):
 
 
 def test_a_low_window_holds_the_paper(open_page):
-    assert open_page(width=667, height=375).locator("#paper").bounding_box()["width"] < 300
+    page = open_page(width=667, height=375)
+    paper, bars = (page.locator(name).bounding_box() for name in ("#paper", "#bars"))
+    assert paper["y"] + paper["height"] < 375
+    assert bars["x"] > paper["x"] + paper["width"]  # beside it
 
 
 def test_the_window_may_change(page):
@@ -239,6 +242,7 @@ def test_touch_and_pen(kind, open_page):
     assert answer(page) == "4"
     assert page.evaluate("strokes.length") == len(STROKES["4"][0])
     assert page.evaluate("scrollY") == 0
+    assert page.evaluate("paper.dispatchEvent(new Event('touchmove', {cancelable: true}))") is False  # no Scribble
 
 
 def test_a_second_finger_and_the_right_button_draw_nothing(page):
@@ -278,6 +282,22 @@ def test_a_stroke_ends_with_its_button(page):
     page.mouse.up(button="right")
     page.mouse.move(box["x"] + 300, box["y"] + 300)
     assert page.evaluate("strokes.map((stroke) => stroke.length)") == [1]
+
+
+def test_a_release_that_goes_unseen_ends_the_stroke(page):
+    page.evaluate("""for (const [type, buttons] of [["pointerdown", 1], ["pointermove", 0], ["pointermove", 0]])
+        paper.dispatchEvent(new PointerEvent(type, {pointerId: 1, buttons, clientX: 1000 * buttons}))""")
+    assert page.evaluate("strokes.map((stroke) => stroke.length)") == [1]
+
+
+def test_all_points_between_two_frames_are_drawn(page):
+    page.evaluate("""() => {
+        const at = (clientX) => ({pointerId: 1, buttons: 1, clientX: paper.getBoundingClientRect().left + clientX});
+        paper.dispatchEvent(new PointerEvent("pointerdown", at(50)));
+        const coalescedEvents = [100, 150, 200].map((x) => new PointerEvent("pointermove", at(x)));
+        paper.dispatchEvent(new PointerEvent("pointermove", {...at(200), coalescedEvents}));
+    }""")
+    assert page.evaluate("strokes[0].length") == 4
 
 
 def test_what_the_system_cancels_is_not_drawn(page):
@@ -364,12 +384,12 @@ def test_undo_takes_away_the_last_stroke(how, page):
         assert ink(page) == expected
 
 
-@pytest.mark.parametrize(("event", "count"), [("{key: 'Z', ctrlKey: true}", 1), ("{key: 'z', metaKey: true}", 1)])
-def test_undo_with_caps_lock_and_on_a_mac(event, count, page):
+@pytest.mark.parametrize("keys", [{"key": "Z", "ctrlKey": True}, {"key": "z", "metaKey": True}])
+def test_undo_with_caps_lock_and_on_a_mac(keys, page):
     draw(page, BESIDE)
-    code = f"document.dispatchEvent(new KeyboardEvent('keydown', {{cancelable: true, ...{event}}}))"
-    assert page.evaluate(code) is False  # Safari does nothing else with it
-    assert page.evaluate("strokes.length") == count
+    code = "keys => document.dispatchEvent(new KeyboardEvent('keydown', {cancelable: true, ...keys}))"
+    assert page.evaluate(code, keys) is False  # Safari does nothing else with it
+    assert page.evaluate("strokes.length") == 1
 
 
 @pytest.mark.parametrize("key", ["z", "Control+Shift+z"])
@@ -392,6 +412,13 @@ def test_form_is_that_of_mnist(page):
         page.keyboard.press("Escape")
 
 
+def test_form_holds_all_of_a_lopsided_drawing(page):
+    blot = [[20 + 10 * (i % 2), 20 + i] for i in range(10)]
+    draw(page, [[*blot, [80, 80]]])
+    pixels = np.array(page.evaluate("[...toForm(strokes)]")).reshape(28, 28)
+    assert np.ptp(np.nonzero(pixels), axis=1).min() >= 19  # nothing is cut off
+
+
 def test_test_digits(page):
     buttons = page.locator("#examples button")
     names = buttons.all_inner_texts()
@@ -402,6 +429,11 @@ def test_test_digits(page):
         button.click()
         assert answer(page)[0] == name[-1]
         assert ("→" in name) == ("mistaken for" in button.get_attribute("aria-label"))
+    digits = page.evaluate(
+        "exported.digits.map(({pixels}) => Math.max(...softmax(forward(bytes(pixels)).at(-1).data)))"
+    )
+    assert digits[10:] == sorted(digits[10:], reverse=True)
+    assert min(digits[10:]) > 0.9  # the most confident mistakes
     page.click("#undo")
     assert answer(page) == "3"  # the drawing is back
     buttons.nth(5).click()
@@ -429,6 +461,8 @@ def test_look_inside(page):
     draw(page, STROKES["0"][0])
     page.click("summary")
     of_zero = pictures()
+    assert re.fullmatch(r"\d+ ms", page.inner_text("#time"))
+    assert len(set(of_zero)) > 100
     page.keyboard.press("Escape")
     draw(page, STROKES["1"][0])
     changed = [before != after for before, after in zip(of_zero, pictures(), strict=True)]
@@ -476,12 +510,17 @@ def test_the_theme_may_change(page):
     page.emulate_media(color_scheme="dark")
     settle(page)
     assert page.evaluate("paper.getContext('2d').strokeStyle") == "#ececec"
+    page.emulate_media(forced_colors="active")
+    settle(page)
+    assert page.evaluate("paper.getContext('2d').strokeStyle") == "#ffffff"
 
 
 def test_forced_colours_leave_the_pictures(open_page):
     page = open_page(forced_colors="active")
-    for element in ("#seen", "#examples canvas", ".bar"):
-        assert page.locator(element).first.evaluate("e => getComputedStyle(e).forcedColorAdjust") == "none"
+    for element in ("#seen", "#examples canvas"):
+        ground = page.locator(element).first.evaluate("e => getComputedStyle(e).backgroundColor")
+        assert ground == "rgb(0, 0, 0)"
+    assert "gradient" in page.locator(".bar").first.evaluate("e => getComputedStyle(e).backgroundImage")
 
 
 def test_without_javascript_it_says_so(browser, exported):
@@ -531,37 +570,32 @@ def test_onnx_is_one_file_that_says_what_it_is(exported):
     (images,), (probabilities,) = session.get_inputs(), session.get_outputs()
     assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["N", 28, 28])
     assert (probabilities.name, probabilities.shape) == ("probabilities", ["N", 10])
-    metadata = session.get_modelmeta().custom_metadata_map
-    model, _ = mnist.load(ROOT / "pretrained.pt")
-    _, correct = mnist.test(model, *mnist.load_mnist(mnist.default_data_dir())[1])
-    assert metadata["accuracy"] == f"{correct / 100:.2f} % of MNIST's 10,000 test digits"
-    assert "20 x 20" in metadata["description"]
-    assert metadata["licence"].startswith("MIT")
+    metadata = session.get_modelmeta()
+    assert "20 x 20" in metadata.description
+    assert metadata.custom_metadata_map["licence"].startswith("MIT")
+    page = (exported / "draw.html").read_text(encoding="utf-8")
+    accuracy = re.search(r'"accuracy": "(99\.\d\d)"', page)[1]
+    assert metadata.custom_metadata_map["accuracy"] == f"{accuracy} % of MNIST's 10,000 test digits"
+    model = onnx.load(exported / "mnist.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert (model.ir_version, model.opset_import[0].version) == (8, 17)  # for old runtimes, too
 
 
-def test_readme_uses_onnx(exported, monkeypatch, capsys):
+def test_readme_uses_onnx(exported, tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n([^`]*onnxruntime[^`]*)```", (ROOT / "README.md").read_text(encoding="utf-8"))
-    monkeypatch.chdir(exported)
-    shutil.copytree(ROOT / "assets", "assets")
-    try:
-        exec(code, {})
-    finally:
-        shutil.rmtree("assets")
+    monkeypatch.chdir(tmp_path)
+    Path("assets").mkdir()
+    shutil.copy(exported / "mnist.onnx", ".")
+    shutil.copy(ROOT / "assets" / "seven.png", "assets")
+    exec(code, {})
     assert capsys.readouterr().out == "7\n"
-
-
-def test_every_parameter_is_in_it(exported):
-    parameters = sum(tensor.numel() for tensor in mnist.Net().parameters())
-    folded = 2 * (16 + 32 + 16 + 32 + 16 + 32 + 8)  # weights and biases of BatchNorm
-    weights = onnx.load(exported / "mnist.onnx").graph.initializer
-    assert sum(np.prod(tensor.dims, dtype=int) for tensor in weights) == parameters - folded + 4
 
 
 # --- Command line --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["draw.html", "mnist.onnx"])
-def test_the_weights_are_those_named(name, folder, small_mnist, checkpoint):
+@pytest.mark.parametrize("name", ["draw.html", "mnist.ONNX"])
+def test_the_weights_are_those_named(name, folder, small_mnist):
     files = []
     torch.manual_seed(1)
     torch.save(mnist.Net().state_dict(), "other.pt")
@@ -585,7 +619,7 @@ def test_a_network_without_mistakes(folder, small_mnist, monkeypatch, digits):
 
 
 @pytest.mark.parametrize("value", ["draw.pdf", "draw", "no/draw.html", "."])
-def test_other_files_are_refused(value, assert_refused):
+def test_other_files_are_refused(value, folder, assert_refused):
     assert_refused(export.main, "--out", value)
 
 
