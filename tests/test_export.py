@@ -208,7 +208,7 @@ def test_windows_of_any_size(width, ratio, open_page):
 def test_a_low_window_holds_the_paper(open_page):
     page = open_page(width=667, height=375)
     paper, bars = (page.locator(name).bounding_box() for name in ("#paper", "#bars"))
-    assert paper["y"] + paper["height"] < 375
+    assert paper["y"] + paper["height"] < 360
     assert bars["x"] > paper["x"] + paper["width"]  # beside it
 
 
@@ -424,9 +424,14 @@ def test_test_digits(page):
     assert names[:10] == list("0123456789")
     assert len(names) == 10 + export.MISTAKES
     draw(page, STROKES["3"][0])
+    paper = "getComputedStyle(paper).backgroundColor"
+    assert page.evaluate(paper) == "rgba(0, 0, 0, 0)"
     for button, name in zip(buttons.all(), names, strict=True):
         button.click()
         assert answer(page)[0] == name[-1]
+        assert page.evaluate(paper) == "rgb(0, 0, 0)"  # white on black, as it is
+        assert set(alpha(page, "#paper").json_value()) <= set(page.evaluate("[...example]"))  # and sharp
+        assert page.inner_text("#bars .best").startswith(name[-1])
         assert ("→" in name) == ("mistaken for" in button.get_attribute("aria-label"))
     digits = page.evaluate(
         "exported.digits.map(({pixels}) => Math.max(...softmax(forward(bytes(pixels)).at(-1).data)))"
@@ -441,7 +446,7 @@ def test_test_digits(page):
     assert page.evaluate("strokes.length") == len(STROKES["8"][0])
 
 
-def test_look_inside(page):
+def test_stages_are_the_layers_of_net(page):
     assert not page.is_visible("#inside")
     page.click("summary")
     stages = page.locator("#inside figure").all()
@@ -452,16 +457,19 @@ def test_look_inside(page):
         assert maps.count() == int(channels)
         assert maps.first.evaluate("canvas => [canvas.height, canvas.width]") == [int(height), int(width)]
 
+
+def test_maps_follow_the_pen(page):
     def pictures():
         settle(page)
         return page.evaluate("[...document.querySelectorAll('.maps canvas')].map((canvas) => canvas.toDataURL())")
 
-    page.click("summary")
     draw(page, STROKES["0"][0])
+    blank = pictures()  # while they are folded away
+    assert len(set(blank)) == len({stage.split()[-1] for stage in STAGES})
     page.click("summary")
-    of_zero = pictures()
+    assert len(set(pictures()) - set(blank)) > 100
     assert re.fullmatch(r"\d+ ms", page.inner_text("#time"))
-    assert len(set(of_zero)) > 100
+    of_zero = pictures()
     page.keyboard.press("Escape")
     draw(page, STROKES["1"][0])
     changed = [before != after for before, after in zip(of_zero, pictures(), strict=True)]
