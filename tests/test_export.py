@@ -64,7 +64,7 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def test_digits():
+def first_digits():
     """The first 1,000 test images, and the logits that PyTorch gives for them."""
     images = mnist.load_mnist(mnist.default_data_dir())[1][0][:1000]
     model, _ = mnist.load(ROOT / "pretrained.pt")
@@ -158,8 +158,8 @@ def ink(page):
 # --- The page ------------------------------------------------------------------------------------------------------
 
 
-def test_logits_are_those_of_pytorch(page, test_digits):
-    images, logits = test_digits
+def test_logits_are_those_of_pytorch(page, first_digits):
+    images, logits = first_digits
     found = page.evaluate(
         "images => images.map((pixels) => [...forward(pixels).at(-1).data])", images.flatten(1).tolist()
     )
@@ -564,8 +564,8 @@ def test_page_is_small_and_no_template(exported):
 
 
 @pytest.mark.parametrize("batch", [1, 1000])
-def test_probabilities_are_those_of_pytorch(batch, exported, test_digits):
-    images, logits = test_digits
+def test_probabilities_are_those_of_pytorch(batch, exported, first_digits):
+    images, logits = first_digits
     session = onnxruntime.InferenceSession(exported / "mnist.onnx")
     found = [session.run(None, {"images": part.numpy()})[0] for part in images.split(batch)]
     assert np.abs(np.concatenate(found) - logits.softmax(dim=1).numpy()).max() < 1e-5
