@@ -117,13 +117,18 @@ def draw(page, drawing, left=0.0, top=0.0, size=1.0):
     page.evaluate(DRAW, [drawing, left, top, size])
 
 
-def draw_with_mouse(page, drawing):
+def on_paper(page, x, y):
+    """Return where in the window a position on the paper is, given from 0 to 100."""
     box = page.locator("#paper").bounding_box()
-    for stroke in drawing:
-        for i, (x, y) in enumerate(stroke):
-            page.mouse.move(box["x"] + box["width"] * x / 100, box["y"] + box["height"] * y / 100)
-            if i == 0:
-                page.mouse.down()
+    return box["x"] + box["width"] * x / 100, box["y"] + box["height"] * y / 100
+
+
+def draw_with_mouse(page, drawing):
+    for start, *others in drawing:
+        page.mouse.move(*on_paper(page, *start))
+        page.mouse.down()
+        for position in others:
+            page.mouse.move(*on_paper(page, *position))
         page.mouse.up()
 
 
@@ -180,10 +185,9 @@ def test_drawn_digits_are_read(left, top, size, page):
 
 
 def test_it_answers_while_one_draws(page):
-    box = page.locator("#paper").bounding_box()
-    page.mouse.move(box["x"] + 100, box["y"] + 50)
+    page.mouse.move(*on_paper(page, 25, 12))
     page.mouse.down()
-    page.mouse.move(box["x"] + 100, box["y"] + 200, steps=5)
+    page.mouse.move(*on_paper(page, 25, 50), steps=5)
     assert answer(page) == "1"
     assert page.text_content("#status") == "No digit"  # a screen reader need not speak yet
     page.mouse.up()
@@ -223,11 +227,10 @@ def test_the_window_may_change(page):
 @pytest.mark.parametrize("kind", ["touch", "pen"])
 def test_touch_and_pen(kind, open_page):
     page = open_page(width=360, height=500, has_touch=True)  # lower than the page, which could scroll
-    box = page.locator("#paper").bounding_box()
     session = page.context.new_cdp_session(page)
 
-    def send(event, x, y):
-        point = {"x": box["x"] + box["width"] * x / 100, "y": box["y"] + box["height"] * y / 100}
+    def send(event, position):
+        point = dict(zip("xy", on_paper(page, *position), strict=True))
         if kind == "touch":
             type = {"down": "touchStart", "move": "touchMove", "up": "touchEnd"}[event]
             session.send("Input.dispatchTouchEvent", {"type": type, "touchPoints": [] if event == "up" else [point]})
@@ -237,10 +240,10 @@ def test_touch_and_pen(kind, open_page):
             session.send("Input.dispatchMouseEvent", {"type": type, **point, **button})
 
     for stroke in STROKES["4"][0]:
-        send("down", *stroke[0])
+        send("down", stroke[0])
         for position in stroke[1:]:
-            send("move", *position)
-        send("up", *stroke[-1])
+            send("move", position)
+        send("up", stroke[-1])
     assert answer(page) == "4"
     assert page.evaluate("strokes.length") == len(STROKES["4"][0])
     assert page.evaluate("scrollY") == 0
@@ -248,42 +251,35 @@ def test_touch_and_pen(kind, open_page):
 
 
 def test_a_second_finger_and_the_right_button_draw_nothing(page):
-    box = page.locator("#paper").bounding_box()
-    page.mouse.move(box["x"] + 100, box["y"] + 100)
+    page.mouse.move(*on_paper(page, 25, 25))
     page.mouse.down(button="right")
-    page.mouse.move(box["x"] + 200, box["y"] + 200)
+    page.mouse.move(*on_paper(page, 50, 50))
     page.mouse.up(button="right")
     assert ink(page) == 0
     page.mouse.down()
     page.evaluate("""for (const type of ["pointerdown", "pointermove", "pointerup"])
         paper.dispatchEvent(new PointerEvent(type, {pointerId: 7, buttons: 1, clientX: 0, clientY: 0}))""")
-    page.mouse.move(box["x"] + 200, box["y"] + 300)
+    page.mouse.move(*on_paper(page, 50, 75))
     page.mouse.up()
     assert page.evaluate("strokes.length") == 1
     assert page.evaluate("strokes[0].every(([x, y]) => x > 0.2)")
 
 
 def test_a_stroke_ends_at_the_edge(page):
-    box = page.locator("#paper").bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    page.mouse.down()
-    page.mouse.move(box["x"] + 2 * box["width"], box["y"] + box["height"] / 2)
-    page.mouse.move(box["x"] + 2 * box["width"], box["y"] - 20)
-    page.mouse.up()
+    draw_with_mouse(page, [[[50, 50], [200, 50], [200, -5]]])
     (stroke,) = page.evaluate("strokes")
     assert np.array(stroke) == pytest.approx(np.array([[0.5, 0.5], [1, 0.5], [1, 0]]), abs=0.01)
 
 
 def test_a_stroke_ends_with_its_button(page):
-    box = page.locator("#paper").bounding_box()
-    page.mouse.move(box["x"] + 100, box["y"] + 100)
+    page.mouse.move(*on_paper(page, 25, 25))
     page.mouse.down()
     page.mouse.down(button="right")
     assert page.evaluate("paper.dispatchEvent(new Event('contextmenu', {cancelable: true}))") is False  # no menu
     page.mouse.up()
-    page.mouse.move(box["x"] + 200, box["y"] + 200)
+    page.mouse.move(*on_paper(page, 50, 50))
     page.mouse.up(button="right")
-    page.mouse.move(box["x"] + 300, box["y"] + 300)
+    page.mouse.move(*on_paper(page, 75, 75))
     assert page.evaluate("strokes.map((stroke) => stroke.length)") == [1]
 
 
@@ -330,8 +326,7 @@ def test_empty_paper(page):
 
 
 def test_a_tap_is_a_dot_and_no_digit(page):
-    box = page.locator("#paper").bounding_box()
-    page.mouse.click(box["x"] + 50, box["y"] + 50)
+    page.mouse.click(*on_paper(page, 12, 12))
     assert 0 < ink(page) < 0.01
     assert answer(page) == ""
     assert not page.is_visible("#hint")
@@ -366,12 +361,11 @@ def test_clear(how, page):
 
 
 def test_clear_in_the_middle_of_a_stroke(page):
-    box = page.locator("#paper").bounding_box()
-    page.mouse.move(box["x"] + 100, box["y"] + 100)
+    page.mouse.move(*on_paper(page, 25, 25))
     page.mouse.down()
-    page.mouse.move(box["x"] + 200, box["y"] + 200)
+    page.mouse.move(*on_paper(page, 50, 50))
     page.keyboard.press("Escape")
-    page.mouse.move(box["x"] + 300, box["y"] + 300)
+    page.mouse.move(*on_paper(page, 75, 75))
     page.mouse.up()
     assert ink(page) == 0
 
