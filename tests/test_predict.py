@@ -555,7 +555,7 @@ def test_name_that_the_output_cannot_encode(folder):
     assert done.stdout.startswith("\\xe9.png: ")
 
 
-@pytest.mark.parametrize("script", ["predict.py", "report.py"])
+@pytest.mark.parametrize("script", ["predict.py", "export.py", "report.py"])
 def test_isolated_python_finds_mnist(script, tmp_path):
     path = Path(predict.__file__).with_name(script)
     subprocess.run([sys.executable, "-I", path, "--help"], cwd=tmp_path, check=True, capture_output=True)
