@@ -23,7 +23,6 @@ import predict
 
 TEMPLATE = Path(__file__).with_name("assets") / "draw.html"
 PLACE = '<script id="exported" type="application/json">null</script>'  # where the template takes what is exported
-FORMATS = (".html", ".onnx")
 MISTAKES = 6  # test digits on the page that the network reads wrong
 
 
@@ -44,7 +43,7 @@ def fold(model):
 
 
 def to_page(model, images, labels):
-    """Return the page, in HTML, with the network and some of the test images (N, 28, 28) and labels (N,) in it."""
+    """Return the page, in HTML, with the network in it and some of the test images (N, 28, 28) and labels (N,)."""
 
     def encode(tensor):
         return base64.b64encode(tensor.detach().numpy().tobytes()).decode()
@@ -72,14 +71,15 @@ def to_page(model, images, labels):
         ],
     }
     template = TEMPLATE.read_text(encoding="utf-8")
-    return template.replace(PLACE, PLACE.replace("null", json.dumps(exported)))
+    return template.replace(PLACE, PLACE.replace("null", json.dumps(exported))).encode()
 
 
-def to_onnx(model, accuracy):
-    """Return the network as an ONNX model of its own: uint8 images (N, 28, 28) in, probabilities (N, 10) out.
+def to_onnx(model, images, labels):
+    """Return the network in ONNX: uint8 images (N, 28, 28) in, probabilities (N, 10) out.
 
-    It is built operator by operator: the older exporter of torch.onnx is deprecated, and the newer one fails in PyTorch
-    2.6 and writes lines of the source, with their path, into the file.
+    Its metadata state the accuracy on the test images (N, 28, 28) and labels (N,). The graph is built operator by
+    operator because the older exporter of torch.onnx is deprecated, and the newer one fails in PyTorch 2.6 and writes
+    lines of the source, with their path, into the file.
     """
     nodes, constants, layers = [], [], fold(model)
 
@@ -118,9 +118,9 @@ def to_onnx(model, accuracy):
     x = add("Flatten", conv("fc", x))
     nodes.append(helper.make_node("Softmax", [x], ["probabilities"]))
 
-    images = helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["N", 28, 28])
-    probabilities = helper.make_tensor_value_info("probabilities", onnx.TensorProto.FLOAT, ["N", 10])
-    graph = helper.make_graph(nodes, "mnist", [images], [probabilities], constants)
+    inputs = [helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["N", 28, 28])]
+    outputs = [helper.make_tensor_value_info("probabilities", onnx.TensorProto.FLOAT, ["N", 10])]
+    graph = helper.make_graph(nodes, "mnist", inputs, outputs, constants)
     exported = helper.make_model(
         graph,
         ir_version=8,  # this and opset 17 are read by all of ONNX Runtime since 1.12
@@ -128,12 +128,16 @@ def to_onnx(model, accuracy):
         producer_name="mnist.py",
         doc_string="Reads handwritten digits: white on black, in a box of 20 x 20, centred by mass in 28 x 28",
     )
+    _, correct = mnist.test(model, images, labels)
     metadata = {
-        "accuracy": f"{accuracy:.2f} % of MNIST's 10,000 test digits",
+        "accuracy": f"{100 * correct / len(labels):.2f} % of MNIST's 10,000 test digits",
         "licence": "MIT; trained on MNIST, by Y. LeCun, C. Cortes and C. J. C. Burges, CC BY-SA 3.0",
     }
     helper.set_model_props(exported, metadata)
-    return exported
+    return exported.SerializeToString()
+
+
+FORMATS = {".html": to_page, ".onnx": to_onnx}
 
 
 def exportable(path):
@@ -158,12 +162,7 @@ def main(argv=()):
     args = parse_args(argv)
     model, _ = mnist.load(weights := mnist.find_weights(args.model))
     print(f"Using the weights in {weights}")
-    images, labels = mnist.load_mnist(args.data_dir)[1]
-    if args.out.suffix.lower() == ".html":
-        content = to_page(model, images, labels).encode()
-    else:
-        _, correct = mnist.test(model, images, labels)
-        content = to_onnx(model, 100 * correct / len(labels)).SerializeToString()
+    content = FORMATS[args.out.suffix.lower()](model, *mnist.load_mnist(args.data_dir)[1])
     mnist.write(content, args.out)
     print(f"Wrote {args.out} ({len(content) / 1000:.0f} kB)")
     return args.out

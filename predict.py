@@ -405,11 +405,12 @@ def main(argv):
         except mnist.UserError as error:
             print(f"predict.py: error: {name}: {error}", file=sys.stderr)
             continue
-        results.append(as_result(name, digits, scale))
-        print(json.dumps(results[-1]) if args.json else as_text(results[-1]))
+        result = as_result(name, digits, scale)
+        results.append(result)
+        print(json.dumps(result) if args.json else as_text(result))
         if args.show:
             seen = torch.cat([digit.pixels for digit in digits], dim=1)
-            rows.append((to_grey(image).convert("L"), seen, as_text(results[-1])))
+            rows.append((to_grey(image).convert("L"), seen, as_text(result)))
     if rows:
         write_sheet(rows, SHEET)
     if len(results) < len(args.pictures):
