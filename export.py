@@ -1,4 +1,4 @@
-"""Export the trained network: as a page on which one draws a digit, or as ONNX for other programs.
+"""Export the trained network: as a page to draw digits on, or to ONNX, for other programs.
 
 Usage:
     python export.py --out draw.html   # open it with a double click: it is one file and works offline
@@ -22,12 +22,12 @@ import mnist
 import predict
 
 TEMPLATE = Path(__file__).with_name("assets") / "draw.html"
-PLACE = '<script id="exported" type="application/json">null</script>'  # where the template takes what is exported
-MISTAKES = 6  # test digits on the page that the network reads wrong
+PLACE = '<script id="exported" type="application/json">null</script>'  # where the data go in the template
+MISTAKES = 6  # misread test digits shown on the page
 
 
 def fold(model):
-    """Return {name: convolution} of a Net: each takes in the BatchNorm after it, and the linear layer becomes one."""
+    """Return {name: convolution} of a Net, each BatchNorm folded into the one before it, the linear layer made one."""
     layers = {}
     for name, layer in model.named_children():
         if isinstance(layer, nn.Conv2d):
@@ -141,14 +141,16 @@ FORMATS = {".html": to_page, ".onnx": to_onnx}
 
 
 def exportable(path):
-    """Return `path` as a Path if it names a page or an ONNX file that can be written: an argparse type."""
+    """Return `path` as a Path if it ends in one of the FORMATS and can be written: an argparse type."""
     if Path(path).suffix.lower() not in FORMATS:
         raise argparse.ArgumentTypeError(f"{path} does not end in {' or '.join(FORMATS)}")
     return mnist.writable(path)
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(prog="export.py", description="Export the trained network: as a page, or as ONNX.")
+    parser = argparse.ArgumentParser(
+        prog="export.py", description="Export the trained network as a page to draw on, or to ONNX."
+    )
     add = parser.add_argument
     add("--out", type=exportable, default="draw.html", metavar="PATH", help=".html or .onnx (default: %(default)s)")
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")

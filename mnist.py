@@ -490,7 +490,7 @@ def writable(path):
     try:
         if path.exists() and not path.is_file():  # a folder; or /dev/null, which must not be replaced by a file
             raise FileExistsError(errno.EEXIST, "it exists and is not a file")
-        write(bytes(2**18), trial)  # more than the weights or a page of export.py take
+        write(bytes(2**18), trial)  # more than the weights, or a page from export.py, take
         trial.unlink()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {path}: {error.strerror}") from error

@@ -36,7 +36,7 @@ STAGES = (
     "fc 10 1 1",
 )
 
-# By events in the page: real input, as in other tests, takes some 30 ms for each point.
+# Draws with events made in the page: real input, which other tests use, takes some 30 ms a point.
 DRAW = """
 async ([drawing, left, top, size]) => {
   const box = paper.getBoundingClientRect();
@@ -87,7 +87,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, exported):
-    """A function that opens the page; in the end nothing may be on its console, and nothing have been requested."""
+    """A function that opens the page. At the end its console must be empty, and it must have requested nothing."""
     pages, events = [], []
 
     def open_page(path=exported / "draw.html", width=1280, height=900, **options):
