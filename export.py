@@ -148,9 +148,7 @@ def exportable(path):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        prog="export.py", description="Export the trained network as a page to draw on, or to ONNX."
-    )
+    parser = argparse.ArgumentParser(prog="export.py", description="Export the trained network as a page or to ONNX.")
     add = parser.add_argument
     add("--out", type=exportable, default="draw.html", metavar="PATH", help=".html or .onnx (default: %(default)s)")
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
