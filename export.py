@@ -11,15 +11,17 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
+
+import mnist
+import predict
+import weights
+
 import onnx
 import torch
 from onnx import helper, numpy_helper
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
-import mnist
-import predict
 
 TEMPLATE = Path(__file__).with_name("assets") / "draw.html"
 PLACE = '<script id="exported" type="application/json">null</script>'  # where the data go in the template
@@ -92,8 +94,9 @@ def to_onnx(model, images, labels):
         return name
 
     def conv(name, x):
-        weight, bias = constant(f"{name}.weight", layers[name].weight), constant(f"{name}.bias", layers[name].bias)
-        return add("Conv", x, weight, bias, pads=4 * layers[name].padding[:1])
+        layer = layers[name]
+        weight, bias = constant(f"{name}.weight", layer.weight), constant(f"{name}.bias", layer.bias)
+        return add("Conv", x, weight, bias, pads=4 * layer.padding[:1])
 
     def relu(x):
         return add("Relu", x)
@@ -140,28 +143,23 @@ def to_onnx(model, images, labels):
 FORMATS = {".html": to_page, ".onnx": to_onnx}
 
 
-def exportable(path):
-    """Return `path` as a Path if it ends in one of the FORMATS and can be written: an argparse type."""
-    if Path(path).suffix.lower() not in FORMATS:
-        raise argparse.ArgumentTypeError(f"{path} does not end in {' or '.join(FORMATS)}")
-    return mnist.writable(path)
-
-
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="export.py", description="Export the trained network as a page or to ONNX.")
     add = parser.add_argument
-    add("--out", type=exportable, default="draw.html", metavar="PATH", help=".html or .onnx (default: %(default)s)")
+    add("--out", type=mnist.writable, default="draw.html", metavar="PATH", help=".html or .onnx (default: %(default)s)")
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
-    data_dir = mnist.default_data_dir()
-    add("--data-dir", type=Path, default=data_dir, help="folder of the data (default: $MNIST_DATA or data/)")
-    return parser.parse_args(argv)
+    add("--data-dir", type=Path, default=mnist.DATA_DIR, help="data folder (default: $MNIST_DATA or data/)")
+    args = parser.parse_args(argv)
+    if args.out.suffix.lower() not in FORMATS:
+        parser.error(f"argument --out: {args.out} does not end in {' or '.join(FORMATS)}")
+    return args
 
 
 def main(argv=()):
     """Write the file that `argv` asks for; return its path."""
     args = parse_args(argv)
-    model, _ = mnist.load(weights := mnist.find_weights(args.model))
-    print(f"Using the weights in {weights}")
+    model, _ = weights.load(path := weights.find(args.model))
+    print(f"Using the weights in {path}")
     content = FORMATS[args.out.suffix.lower()](model, *mnist.load_mnist(args.data_dir)[1])
     mnist.write(content, args.out)
     print(f"Wrote {args.out} ({len(content) / 1000:.0f} kB)")

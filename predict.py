@@ -21,20 +21,23 @@ import warnings
 import zlib
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
+
+import mnist
+import weights
+
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from pillow_heif import register_heif_opener
 from scipy import ndimage
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
-import mnist
-
 register_heif_opener()
 
 SIDE = 128  # pixels, of a square: a larger picture is first reduced to its area
 SMALL = 56  # pixels: a picture with shorter sides is first enlarged
-LEAST = 8  # pixels: a picture with shorter sides is refused; and levels of grey, of 255, that it must span
+MIN_SIDE = 8  # pixels: a picture with shorter sides is refused
+MIN_CONTRAST = 8  # levels of grey, of 255, that a picture must span
 FAINT, DARK = 0.22, 0.4  # a stroke is what is above FAINT of the level of ink and connected with what is above DARK
 LIKELY = 0.8  # what the likelier polarity is worth, in probability, times how likely it is
 ON_SHEET = 0.5  # what it is worth that the ink is on a sheet
@@ -44,7 +47,7 @@ EIGHT = np.ones((3, 3))  # neighbours of a pixel: the diagonal ones too
 MAX_BYTES = 2**28  # of standard input, which may never end
 SHEET = Path("seen.png")  # what --show writes
 
-# --- Any picture as ink on a ground --------------------------------------------------------------------------------
+# --- Any picture as ink on a background ----------------------------------------------------------------------------
 
 
 def to_grey(image):
@@ -97,7 +100,7 @@ def otsu(values):
 
 
 def flatten(grey, part):
-    """Subtract from a part of a picture (H, W; H, W) the plane nearest to it: light that falls from one side."""
+    """Subtract from a part of a picture (H, W; H, W) the least-squares plane: light that falls from one side."""
     y, x = np.mgrid[: grey.shape[0], : grey.shape[1]].astype(np.float32)
     terms = np.stack([np.ones_like(x), x, y], axis=-1)
     grey = grey - terms @ np.linalg.lstsq(terms[part], grey[part], rcond=None)[0]
@@ -120,14 +123,14 @@ def find_sheet(light):
 
 
 def find_ink(grey):
-    """Find light ink on a darker ground in a picture (H, W).
+    """Find light ink on a darker background in a picture (H, W).
 
     Returns how much ink each pixel holds, from 0 to 1, and which pixels belong to a stroke, both (H, W); None if
     nothing stands out.
     """
-    if np.ptp(grey) < LEAST:
+    if np.ptp(grey) < MIN_CONTRAST:
         return None
-    # The ground is what an opening leaves with a window too large for any stroke to fill.
+    # The background is what an opening leaves with a window too large for any stroke to fill.
     side = max(grey.shape)
     smooth = ndimage.uniform_filter(grey, max(1, side // 40))
     grey = grey - ndimage.grey_opening(smooth, size=(side // 2, side // 2))
@@ -135,7 +138,7 @@ def find_ink(grey):
     smooth = ndimage.uniform_filter(ink, 3)
     level = np.median(smooth[smooth >= smooth.max() / 2])
     noise = 1.5 * np.median(np.abs(ink - smooth))  # the standard deviation, if it is normal
-    if level < max(LEAST, 4 * noise):
+    if level < max(MIN_CONTRAST, 4 * noise):
         return None
     floor = max(0.1 * level, 2 * noise)
     return ((ink - floor) / (level - floor)).clip(0, 1), smooth > FAINT * level
@@ -211,18 +214,18 @@ def separate(ink, strokes, single):
 
 
 def views(grey):
-    """Yield (head start in probability, picture with light ink) for each way to tell ink from ground in one (H, W)."""
+    """Yield (head start in probability, picture with light ink) for each way to find the ink in one (H, W)."""
     flat = flatten(grey, np.ones_like(grey, dtype=bool))
-    if np.ptp(flat) < LEAST:
+    if np.ptp(flat) < MIN_CONTRAST:
         return
-    # The ground is likely the larger of two classes of pixels, and the one along the border and in the corners.
+    # The background is likely the larger of two classes of pixels, and the one along the border and in the corners.
     light = flat > otsu(flat)
     corners = light[[0, 0, -1, -1], [0, -1, 0, -1]]
-    light_ground = (light.mean() + border(light).mean() + corners.mean()) / 1.5 - 1  # from -1, surely not, to 1
+    light_background = (light.mean() + border(light).mean() + corners.mean()) / 1.5 - 1  # from -1, surely not, to 1
     light_sheet, dark_sheet = find_sheet(light), find_sheet(~light)
     for polarity, likely, on, itself in (
-        (-1, light_ground, light_sheet, dark_sheet),
-        (1, -light_ground, dark_sheet, light_sheet),
+        (-1, light_background, light_sheet, dark_sheet),
+        (1, -light_background, dark_sheet, light_sheet),
     ):
         if likely > -FAR:
             yield (LIKELY * max(0, likely) if itself is None else 0), polarity * flat
@@ -258,10 +261,11 @@ class Digit(typing.NamedTuple):
 def read(model, image, single=False):
     """Return the digits on a PIL image from left to right, as a list of Digit; one alone if `single`.
 
-    Ink and ground can be told apart in several ways. All go through the network, and the one that it is surest of
-    counts. An image that is in MNIST's form goes there as it is. Raises UserError if there is no ink.
+    Ink and background can be told apart in several ways. All go through the network, and the one whose mean probability
+    and head start add up to most counts. An image in MNIST's form goes there as it is. Raises UserError if there is no
+    ink.
     """
-    if max(image.size) < LEAST:
+    if max(image.size) < MIN_SIDE:
         raise mnist.UserError(f"it has only {image.width} x {image.height} pixels")
     grey = to_grey(image)
     if is_mnist(np.asarray(grey)):
@@ -393,9 +397,8 @@ def main(argv):
     Returns a dictionary for each: what --json prints.
     """
     args = parse_args(argv)
-    weights = mnist.find_weights(args.model)
-    model, _ = mnist.load(weights)
-    print(f"Using the weights in {weights}", file=sys.stderr)
+    model, _ = weights.load(path := weights.find(args.model))
+    print(f"Using the weights in {path}", file=sys.stderr)
 
     results, rows = [], []
     for name in args.pictures:

@@ -12,12 +12,14 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
+
+import mnist
+import weights
+
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
-import mnist
 
 matplotlib.use("Agg")  # needs no display
 plt.rcParams.update({"font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left"})
@@ -160,8 +162,7 @@ def draw_augmentation(images, labels):
     """Return a figure of the first image of each digit, and below it what training may show three times instead."""
     row = torch.stack([images[labels == digit][0] for digit in labels.unique()])
     torch.manual_seed(0)
-    orders = [torch.randperm(len(row)) for _ in range(3)]  # strokes get thinner or thicker by their place in the batch
-    augmented = [mnist.augment(row[order])[order.argsort()] for order in orders]
+    augmented = [mnist.augment(row) for _ in range(3)]
     figure = plt.figure(figsize=(10, 4), layout="constrained", dpi=100)
     axes = figure.subplots(4, len(row), squeeze=False)
     for ax, image in zip(axes.flatten(), torch.cat([row, *augmented]), strict=True):
@@ -176,9 +177,8 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="report.py", description="Draw what the trained network learned.")
     add = parser.add_argument
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
-    data_dir = mnist.default_data_dir()
-    add("--data-dir", type=Path, default=data_dir, help="folder of the data (default: $MNIST_DATA or data/)")
-    add("--out", type=Path, default="report.png", help=".png, .pdf or .svg (default: %(default)s)")
+    add("--data-dir", type=Path, default=mnist.DATA_DIR, help="data folder (default: $MNIST_DATA or data/)")
+    add("--out", type=mnist.writable, default="report.png", metavar="PATH", help="default: %(default)s; or .pdf, .svg")
     add("--augmentation", action="store_true", help="draw what augmentation does to a row of digits instead")
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in FORMATS:
@@ -192,8 +192,8 @@ def main(argv=()):
     if args.augmentation:
         figure = draw_augmentation(*mnist.load_mnist(args.data_dir)[0])
     else:
-        model, checkpoint = mnist.load(weights := mnist.find_weights(args.model))
-        print(f"Using the weights in {weights}")
+        model, checkpoint = weights.load(path := weights.find(args.model))
+        print(f"Using the weights in {path}")
         name = "validation" if checkpoint.get("settings", {}).get("validate") else "test"
         figure = draw_report(model, checkpoint, *mnist.load_mnist(args.data_dir)[1], name)
     buffer = io.BytesIO()

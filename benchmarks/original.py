@@ -10,16 +10,15 @@ Usage, in the folder of mnist.py:
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
+
+import mnist
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision import transforms
-
-import mnist
 
 EPOCHS = 20
 BATCH_SIZE = 128
@@ -48,14 +47,14 @@ class Images(torch.utils.data.Dataset):
 
 def main(argv=()):
     """Train as the options `argv` say; return the history: each epoch's accuracy in % and its seconds."""
-    count = mnist.in_range(int, 1, math.inf, "a whole number above 0")
+    count = mnist.in_range(int, 1, 1_000_000)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.original", description="Train with the original recipe."
     )
     add = parser.add_argument
     add("--epochs", type=count, default=EPOCHS, help="default: %(default)s")
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--data-dir", type=Path, default=mnist.default_data_dir(), help="folder of the data")
+    add("--data-dir", type=Path, default=mnist.DATA_DIR, help="folder of the data")
     add("--dry-run", action="store_true", help="train and test on a single batch")
     add("--out", type=mnist.writable, metavar="PATH", help="also write the history here, as JSON")
     args = parser.parse_args(argv)

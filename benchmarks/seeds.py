@@ -13,7 +13,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import multiprocessing
 import platform
 import re
@@ -27,13 +26,14 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
+import mnist
+import report
+import weights
+from benchmarks import original
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-
-import mnist
-import report
-from benchmarks import original
 
 ROOT = Path(mnist.__file__).resolve().parent
 TARGET = 99.4  # %: a seed that ends at or below it has failed
@@ -56,7 +56,7 @@ def peak_memory(pid):
 def run_process(arguments):
     """Run Python with `arguments` in the folder of mnist.py; return its seconds and its peak_memory().
 
-    Raises UserError with the last line of its stderr if it fails.
+    Raises UserError with its last error, a message or a traceback, if it fails.
     """
     memory = None
     with tempfile.TemporaryFile() as errors:
@@ -73,8 +73,8 @@ def run_process(arguments):
         seconds = time.perf_counter() - start
         if process.returncode:
             errors.seek(0)
-            lines = errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
-            raise mnist.UserError(f"a run failed with exit status {process.returncode}: {lines[-1]}")
+            *_, error = re.split(r"(?m)^(?=Traceback |\S+: error: )", errors.read().decode(errors="replace").strip())
+            raise mnist.UserError(f"a run failed with exit status {process.returncode}: {error or 'no message'}")
     return seconds, memory
 
 
@@ -118,9 +118,9 @@ def training_flops():
 # --- Many runs -----------------------------------------------------------------------------------------------------
 
 
-def calibration_error(weights, args):
-    """Return the calibration error in % of the network in the file `weights`, as report.py gives it."""
-    model, _ = mnist.load(weights)
+def calibration_error(path, args):
+    """Return the calibration error in % of the network in the file `path`, as report.py gives it."""
+    model, _ = weights.load(path)
     train_set, test_set = mnist.load_mnist(args.data_dir)
     images, labels = [part[-mnist.VALIDATION_SIZE :] for part in train_set] if args.validate else test_set
     return 100 * report.reliability(mnist.classify(model, images).softmax(dim=1), labels)[-1]
@@ -134,13 +134,13 @@ def train_once(seed, args):
         program = ["-c", f"import mnist, torch; from benchmarks import original; {overrides}; mnist.run(mnist.main)"]
     speed = call(matmul_speed, args.device, args.precision)
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder, "mnist.pt")
+        path = Path(folder, "mnist.pt")
         options = ["--seed", seed, "--epochs", args.epochs, "--device", args.device, "--precision", args.precision]
-        options += ["--data-dir", args.data_dir, "--save-model", weights]
+        options += ["--data-dir", args.data_dir, "--save-model", path]
         options += ["--validate"] * args.validate + ["--dry-run"] * args.dry_run
         seconds, memory = run_process([*program, *options])
-        results = torch.load(weights, weights_only=True)
-        error = None if "Net" in args.set else calibration_error(weights, args)
+        results = torch.load(path, weights_only=True)
+        error = None if "Net" in args.set else calibration_error(path, args)
     return {
         "seed": seed,
         "accuracy": results["test_accuracy"],
@@ -290,7 +290,7 @@ def print_summary(benchmark):
 
 
 def parse_args(argv):
-    count = mnist.in_range(int, 1, math.inf, "a whole number above 0")
+    count = mnist.in_range(int, 1, 1_000_000)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.seeds", description="Train with many seeds, and report accuracy, time and memory."
     )
@@ -314,7 +314,7 @@ def parse_args(argv):
     device = functools.partial(call, find_device)
     add("--device", type=device, default="auto", metavar="{auto,cpu,cuda,mps}", help="default: %(default)s")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where native")
-    add("--data-dir", type=Path, default=mnist.default_data_dir(), help="folder of the data")
+    add("--data-dir", type=Path, default=mnist.DATA_DIR, help="folder of the data")
     add("--dry-run", action="store_true", help="try everything on a batch or a few")
     add("--out", type=mnist.writable, metavar="PATH", help="write here after every run; continue what it holds")
     add(

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mnist
+
 import pytest
 import torch
-
-import mnist
 
 # The segments of a seven-segment display that each digit lights, as slices of rows and columns.
 SEGMENTS = {
@@ -28,7 +28,7 @@ LIT = ("1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "110111
 DRIVER = """
 import sys
 import mnist
-mnist.FILES, mnist.LEARNED = {files!r}, 0
+mnist.FILES, mnist.MIN_ACCURACY = {files!r}, 0
 sys.argv[0] = "mnist.py"
 {setup}
 mnist.run(mnist.main)
@@ -71,7 +71,7 @@ def small_mnist(tmp_path, monkeypatch):
             files[name] = write_idx(folder, name, array)
     monkeypatch.setattr(mnist, "FILES", files)
     monkeypatch.setattr(mnist, "VALIDATION_SIZE", 100)
-    monkeypatch.setattr(mnist, "LEARNED", 0)
+    monkeypatch.setattr(mnist, "MIN_ACCURACY", 0)
     monkeypatch.chdir(tmp_path)
     return str(tmp_path / "data")
 

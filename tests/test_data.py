@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gzip
 import http.server
 import os
 import re
@@ -13,9 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
-from urllib.parse import urlsplit
+
+import mnist
 
 import pytest
 import torch
@@ -23,8 +24,6 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchvision.datasets import MNIST
-
-import mnist
 
 ARCHIVES = [f"{name}.gz" for name in mnist.FILES]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
@@ -47,6 +46,10 @@ def assert_loads(digits, small_mnist):
     return check
 
 
+def unpacked(raw, name):
+    return gzip.decompress((raw / f"{name}.gz").read_bytes())
+
+
 @pytest.fixture
 def offline(monkeypatch):
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # the port "discard": nothing listens
@@ -58,7 +61,7 @@ def test_archives_alone_are_enough(assert_loads, offline):
 
 def test_raw_files_alone_are_enough(raw, assert_loads, offline):
     for name in mnist.FILES:
-        (raw / name).write_bytes(mnist.read_file([raw], name))
+        (raw / name).write_bytes(unpacked(raw, name))
         (raw / f"{name}.gz").unlink()
     assert_loads()
 
@@ -70,7 +73,7 @@ def test_layout_is_found_and_left_alone(folder, separator, suffix, raw, tmp_path
     other = tmp_path / "other"
     (other / folder).mkdir(parents=True)
     for name in mnist.FILES:
-        content = (raw / f"{name}.gz").read_bytes() if suffix else mnist.read_file([raw], name)
+        content = (raw / f"{name}.gz").read_bytes() if suffix else unpacked(raw, name)
         (other / folder / f"{name.replace('-idx', f'{separator}idx')}{suffix}").write_bytes(content)
     paths = sorted(other.rglob("*"))
     for named in filter(Path.is_dir, [other, *paths]):
@@ -90,7 +93,7 @@ def test_download_completes_the_folder_that_is_named(named, archives, tmp_path, 
 @posix
 def test_read_only_folder_works(start, raw, read_only, unprivileged):
     name = next(iter(mnist.FILES))
-    (raw / name).write_bytes(mnist.read_file([raw], name))  # one file raw, the others as .gz alone
+    (raw / name).write_bytes(unpacked(raw, name))  # one file raw, the others as .gz alone
     read_only(*raw.iterdir(), raw, raw.parent, raw.parent.parent)
     process = start("--dry-run", preexec_fn=unprivileged)
     _, err = process.communicate()
@@ -103,20 +106,48 @@ FAULTY_RAW_FILES = {
     "empty": lambda content: b"",
     "another magic number": lambda content: b"\0\0\x08\x02" + content[4:],
     "wrong count": lambda content: content[:4] + struct.pack(">I", 501) + content[8:],
-    "a label above 9": lambda content: content[:-1] + b"\x0a",
+    "too many dimensions": lambda content: b"\0\0\x08\xff" + content[4:],
 }
 
 
 @pytest.mark.parametrize("fault", FAULTY_RAW_FILES)
 def test_faulty_raw_file(fault, raw, small_mnist, assert_loads, offline, capsys):
     name = "train-labels-idx1-ubyte"
-    (raw / name).write_bytes(FAULTY_RAW_FILES[fault](mnist.read_file([raw], name)))
+    (raw / name).write_bytes(FAULTY_RAW_FILES[fault](unpacked(raw, name)))
     assert_loads()  # from the archive
-    assert f"{raw / name} is damaged" in capsys.readouterr().err
+    assert f"{raw / name} is damaged: looking for another copy" in capsys.readouterr().err
 
     (raw / f"{name}.gz").unlink()
     with pytest.raises(mnist.UserError, match=f"no intact {name}.gz"):
         mnist.load_mnist(small_mnist)
+
+
+@pytest.fixture(params=["", ".gz"])
+def fashion(request, raw, archives):
+    """A whole file of other data that has the name of one of MNIST's, in its place."""
+    path = raw / f"train-labels-idx1-ubyte{request.param}"
+    labels = bytearray(gzip.decompress(archives["train-labels-idx1-ubyte.gz"]))
+    labels[8:] = labels[:7:-1]
+    path.write_bytes(gzip.compress(labels) if request.param else labels)
+    return path
+
+
+def test_other_data_are_named_and_left_alone(fashion, raw, archives, small_mnist, monkeypatch):
+    before = fashion.read_bytes()
+    with mirror(good(archives)) as url:
+        monkeypatch.setattr(MNIST, "mirrors", [url])
+        with pytest.raises(mnist.UserError, match=r"holds other data than MNIST's .*FashionMNIST.*--data-dir") as error:
+            mnist.load_mnist(small_mnist)
+    assert str(error.value).startswith(str(fashion))
+    assert fashion.read_bytes() == before
+    assert [path for path in raw.iterdir() if "train-labels" in path.name] == [fashion]
+
+
+def test_mnist_beside_other_data_is_used(fashion, tmp_path, archives, assert_loads, monkeypatch, capsys):
+    for name, archive in archives.items():
+        (tmp_path / "data" / name).write_bytes(archive)
+    assert_loads()
+    assert f"{fashion} holds other data than MNIST's: looking for another copy" in capsys.readouterr().err
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -126,7 +157,7 @@ def test_damage_anywhere(data, raw, assert_loads, monkeypatch):
     name = data.draw(st.sampled_from(sorted(mnist.FILES)))
     path = raw / data.draw(st.sampled_from([name, f"{name}.gz"]))
     archive = (raw / f"{name}.gz").read_bytes()
-    content = archive if path.suffix else mnist.read_file([raw], name)
+    content = archive if path.suffix else unpacked(raw, name)
     at = data.draw(st.integers(0, len(content) - 1))
     damaged = data.draw(
         st.sampled_from(
@@ -143,7 +174,7 @@ def test_damage_anywhere(data, raw, assert_loads, monkeypatch):
         path.write_bytes(damaged)
         assert_loads()  # the damage is harmless, as in an archive's header,
     except mnist.UserError as error:  # or it is found
-        if f"no intact {name}.gz" not in str(error):
+        if f"no intact {name}.gz" not in str(error) and not str(error).startswith(f"{path} holds other data"):
             raise
     finally:
         path.unlink()
@@ -229,7 +260,7 @@ def test_no_files_and_no_network(tmp_path, offline):
         mnist.load_mnist(tmp_path / "nowhere")
     wanted, tried, remedy = str(error.value).splitlines()
     assert wanted.startswith(f"no intact {ARCHIVES[0]} in {tmp_path / 'nowhere' / 'MNIST' / 'raw'} or ")
-    assert "127.0.0.1:9: <urlopen error" in tried
+    assert "http://127.0.0.1:9/: <urlopen error" in tried
     assert "{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz" in remedy
     assert "--data-dir or MNIST_DATA" in remedy
     assert len(remedy) < 120
@@ -247,7 +278,7 @@ def test_next_mirror_is_tried(fault, archives, raw, assert_loads, monkeypatch):
 def test_no_good_mirror(fault, archives, raw, small_mnist, monkeypatch):
     with mirror(faulty(fault, archives)) as only:
         monkeypatch.setattr(MNIST, "mirrors", [only])
-        with pytest.raises(mnist.UserError, match=re.escape(urlsplit(only).netloc)) as error:
+        with pytest.raises(mnist.UserError, match=re.escape(only)) as error:
             mnist.load_mnist(small_mnist)
     assert len(str(error.value).splitlines()) == 3
     assert list(raw.iterdir()) == []
@@ -282,8 +313,8 @@ def test_torchvision_that_does_not_fit(tmp_path):
     )
     assert done.returncode == 1
     _, tried, _ = done.stderr.splitlines()
-    versions = f"torchvision {version('torchvision')} does not work with torch {torch.__version__}"
-    assert f"{versions} (operator torchvision::nms does not exist): pip install --upgrade torch torchvision" in tried
+    misfit = f"torchvision does not work with torch {torch.__version__} (operator torchvision::nms does not exist)"
+    assert f"{misfit}: pip install --upgrade torch torchvision" in tried
 
 
 def test_silent_mirror_is_given_up(archives, assert_loads, monkeypatch):
@@ -343,44 +374,56 @@ def test_two_downloads_at_once(start, archives, raw):
 # --- Batches -------------------------------------------------------------------------------------------------------
 
 
-def batches(losses, batch_size, epoch):
+def batches(losses, batch_size):
     """Return the indices of an epoch (batches, B)."""
-    return torch.stack(list(mnist.train_batches(losses, batch_size, epoch)))
+    return torch.stack(list(mnist.train_batches(losses, batch_size)))
+
+
+def see(losses, order, loss):
+    """Yield the batches of `order`, giving each image its `loss` when it was seen."""
+    for index in order:
+        losses[index] = loss
+        yield index
 
 
 def test_first_epoch_shows_all_once():
-    order = batches(torch.ones(1000), 64, epoch=1)
+    losses = torch.full([1000], torch.inf)
+    order = torch.stack(list(see(losses, mnist.train_batches(losses, 64), loss=9.0)))
     assert order.shape == (15, 64)
     assert len(order.unique()) == 960
     assert not torch.equal(order.flatten(), order.flatten().sort().values)
 
 
-def test_later_epochs_draw_by_loss(monkeypatch):
+def test_later_epochs_sample_by_loss(monkeypatch):
     monkeypatch.setattr(mnist, "ROUNDS", 2)
     losses = torch.where(torch.arange(1000) < 250, 5.0, 0.0)
-    epochs = [batches(losses, 100, epoch) for epoch in (2, 3)]
+    epochs = [batches(losses, 100) for _ in range(2)]
     assert not torch.equal(*epochs)
     for order in epochs:
         rounds = order.view(2, 500)
-        for drawn in rounds:  # no image twice, and all of those with a loss
-            assert len(drawn.unique()) == 500
-            assert (drawn < 250).sum() == 250
-        first, second = (drawn[drawn >= 250].sort().values for drawn in rounds)
+        for sampled in rounds:  # no image twice, and all of those with a loss
+            assert len(sampled.unique()) == 500
+            assert (sampled < 250).sum() == 250
+        first, second = (sampled[sampled >= 250].sort().values for sampled in rounds)
         assert not torch.equal(first, second)  # the others have the same small chance each
 
 
-def test_each_round_draws_by_the_latest_loss(monkeypatch):
+def test_chance_is_in_proportion_to_loss():
+    torch.manual_seed(0)
+    losses = torch.where(torch.arange(20_000) < 10_000, 3.0, 1.0)
+    sampled = next(mnist.train_batches(losses, 1000))
+    order = torch.cat([next(mnist.train_batches(losses, 1)) for _ in range(400)])
+    assert len(sampled.unique()) == 1000
+    assert (order < 10_000).float().mean() == pytest.approx(0.75, abs=0.08)
+
+
+def test_each_round_samples_by_the_latest_loss(monkeypatch):
     monkeypatch.setattr(mnist, "ROUNDS", 2)
     losses = torch.ones(1000)
-    order = mnist.train_batches(losses, 100, epoch=2)
+    order = mnist.train_batches(losses, 100)
     first = torch.cat([next(order) for _ in range(5)])
     losses[first] = 0
     assert not torch.isin(torch.cat(list(order)), first).any()
-
-
-def test_infinite_losses_can_be_drawn_from():
-    losses = torch.tensor([float("nan"), float("inf"), 1.0, 1.0])
-    assert len(batches(losses, 1, epoch=2)) == 4
 
 
 # --- Images --------------------------------------------------------------------------------------------------------
@@ -417,7 +460,7 @@ def test_augmentation_keeps_its_limits(monkeypatch):
     rows, columns = torch.meshgrid(torch.arange(29.0), torch.arange(29.0), indexing="ij")
 
     def farthest(row, column, strength=1, **limits):
-        for name in ("ROTATION", "SHIFT", "SCALE", "SHEAR", "BEND", "THICKNESS"):
+        for name in ("ROTATION", "SHIFT", "SCALE", "SHEAR", "BEND", "THICKNESS_SHARE"):
             monkeypatch.setattr(mnist, name, limits.get(name, 0))
         images = torch.zeros(5000, 29, 29)
         images[:, row, column] = 1
@@ -438,7 +481,7 @@ def test_augmentation_keeps_its_limits(monkeypatch):
 
 
 def test_bending_is_smooth(monkeypatch):
-    for name in ("ROTATION", "SHIFT", "SCALE", "SHEAR", "THICKNESS"):
+    for name in ("ROTATION", "SHIFT", "SCALE", "SHEAR", "THICKNESS_SHARE"):
         monkeypatch.setattr(mnist, name, 0)
     monkeypatch.setattr(mnist, "BEND", 2)
     ramp = torch.arange(28.0).expand(500, 28, 28)  # its values tell how far they were moved
@@ -452,20 +495,34 @@ def test_bending_is_smooth(monkeypatch):
 
 
 def test_strokes_become_thinner_and_thicker(digits, monkeypatch):
-    monkeypatch.setattr(mnist, "THICKNESS", 0.5)
+    monkeypatch.setattr(mnist, "THICKNESS_SHARE", 0.5)
     images = digits(40)[0].unsqueeze(1).float()
+    before = images.clone()
+    torch.manual_seed(0)
     varied = mnist.vary_thickness(images)
-    assert torch.equal(varied[20:], images[20:])
-    assert (varied[:10] <= images[:10]).all()
-    assert (varied[10:20] >= images[10:20]).all()
+    assert torch.equal(images, before)  # not changed in place
     ink = varied.sum(dim=(1, 2, 3)) / images.sum(dim=(1, 2, 3))
-    assert (ink[:10] < 0.8).all()
-    assert (ink[10:20] > 1.3).all()
+    thinner, thicker = ink < 0.8, ink > 1.3
+    assert thinner.sum() == thicker.sum() == 10
+    assert (varied[thinner] <= images[thinner]).all()
+    assert (varied[thicker] >= images[thicker]).all()
+    assert torch.equal(varied[~thinner & ~thicker], images[~thinner & ~thicker])
+    again = mnist.vary_thickness(images)  # other images
+    assert not torch.equal(varied, again)
+
+
+def test_strokes_change_by_half_a_pixel(monkeypatch):
+    monkeypatch.setattr(mnist, "THICKNESS_SHARE", 1)
+    line = torch.zeros(2, 1, 9, 9)
+    line[:, :, :, 3:6] = 200
+    rows = mnist.vary_thickness(line)[:, 0, 4].tolist()
+    assert sorted(rows) == [[0, 0, 0, 100, 200, 100, 0, 0, 0], [0, 0, 100, 200, 200, 200, 100, 0, 0]]
+
+
+def test_augmentation_varies_thickness(digits, monkeypatch):
     for name in ("ROTATION", "SHIFT", "SCALE", "SHEAR", "BEND"):
         monkeypatch.setattr(mnist, name, 0)
-    assert torch.allclose(mnist.augment(images.squeeze(1)), varied.squeeze(1), atol=0.05)
-    line = torch.zeros(4, 1, 9, 9)
-    line[:, :, :, 3:6] = 200
-    thinner, thicker = mnist.vary_thickness(line)[:2, 0, 4]
-    assert thinner.tolist() == [0, 0, 0, 100, 200, 100, 0, 0, 0]
-    assert thicker.tolist() == [0, 0, 100, 200, 200, 200, 100, 0, 0]
+    images = digits(40)[0]
+    augmented = mnist.augment(images)
+    changed = (augmented - images).abs().amax(dim=(1, 2)) > 25
+    assert changed.sum() == 2 * round(40 * mnist.THICKNESS_SHARE / 2)

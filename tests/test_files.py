@@ -6,10 +6,11 @@ import re
 import sys
 from pathlib import Path
 
+import mnist
+import weights
+
 import pytest
 import torch
-
-import mnist
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
 
@@ -97,6 +98,35 @@ def test_file_is_replaced_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@posix
+def test_mode_is_kept(tmp_path):
+    path = tmp_path / "mnist.pt"
+    path.write_bytes(b"an earlier run")
+    for mode in (0o640, 0o604):
+        path.chmod(mode)
+        mnist.write(b"a later run", path)
+        assert path.stat().st_mode & 0o777 == mode
+
+
+@posix
+def test_write_protected_file_is_refused(start, tmp_path, read_only, unprivileged):
+    path = tmp_path / "mnist.pt"
+    path.write_bytes(b"an earlier run")
+    read_only(path)
+    assert_cannot_write(start(preexec_fn=unprivileged), "mnist.pt")
+    assert path.read_bytes() == b"an earlier run"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "mnist.pt"]
+
+
+def test_trial_changes_nothing(tmp_path):
+    old = tmp_path / "old.pt"
+    old.write_bytes(b"an earlier run")
+    for path in (old, tmp_path / "new.pt"):
+        assert mnist.writable(str(path)) == path
+    assert list(tmp_path.iterdir()) == [old]
+    assert old.read_bytes() == b"an earlier run"
+
+
 # --- Reading -------------------------------------------------------------------------------------------------------
 
 
@@ -113,7 +143,7 @@ def test_loading_runs_no_code_of_the_file(tmp_path):
     for content in (Malicious(trace), {"state_dict": mnist.Net().state_dict(), "history": Malicious(trace)}):
         torch.save(content, path)
         with pytest.raises(mnist.UserError, match=re.escape(str(path))):
-            mnist.load(path)
+            weights.load(path)
         assert not trace.exists()
     torch.load(path, weights_only=False)  # the code is real
     assert trace.exists()
@@ -121,7 +151,7 @@ def test_loading_runs_no_code_of_the_file(tmp_path):
 
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
-        mnist.load(tmp_path / "mnist.pt")
+        weights.load(tmp_path / "mnist.pt")
     assert error.value.filename == str(tmp_path / "mnist.pt")
 
 
@@ -130,7 +160,7 @@ def test_other_files_are_no_checkpoint(tmp_path):
 
     def assert_no_checkpoint():
         with pytest.raises(mnist.UserError, match=re.escape(str(path))) as error:
-            mnist.load(path)
+            weights.load(path)
         assert "\n" not in str(error.value)
 
     for content in (b"", b"text", pickle.dumps({"a": 1}, protocol=2), b"PK\x03\x04 but no archive"):
@@ -138,7 +168,7 @@ def test_other_files_are_no_checkpoint(tmp_path):
         assert_no_checkpoint()
 
     torch.save({"state_dict": mnist.Net().state_dict()}, path)
-    mnist.load(path)
+    weights.load(path)
     whole = path.read_bytes()
     for length in range(0, len(whole), len(whole) // 50):
         path.write_bytes(whole[:length])
@@ -161,7 +191,7 @@ def test_weights_as_others_save_them(prefix, bare, tmp_path):
     model = mnist.Net()
     state_dict = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save(state_dict if bare else {"state_dict": state_dict}, tmp_path / "weights.pt")
-    loaded, _ = mnist.load(tmp_path / "weights.pt")
+    loaded, _ = weights.load(tmp_path / "weights.pt")
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
@@ -171,29 +201,29 @@ def test_misfit_is_named(tmp_path):
     def message(state_dict):
         torch.save(state_dict, path)
         with pytest.raises(mnist.UserError) as error:
-            mnist.load(path)
+            weights.load(path)
         return str(error.value)
 
-    weights = mnist.Net().state_dict()
-    assert "size mismatch for fc.bias" in message(weights | {"fc.bias": torch.zeros(11)})
-    assert "torch.Size([11])" in message(weights | {"fc.bias": torch.zeros(11)})
-    assert '"fc2.bias"' in message(weights | {"fc2.bias": torch.zeros(10)})
-    assert '"fc.bias"' in message({name: tensor for name, tensor in weights.items() if name != "fc.bias"})
+    state_dict = mnist.Net().state_dict()
+    assert "size mismatch for fc.bias" in message(state_dict | {"fc.bias": torch.zeros(11)})
+    assert "torch.Size([11])" in message(state_dict | {"fc.bias": torch.zeros(11)})
+    assert '"fc2.bias"' in message(state_dict | {"fc2.bias": torch.zeros(10)})
+    assert '"fc.bias"' in message({name: tensor for name, tensor in state_dict.items() if name != "fc.bias"})
     assert len(message({"conv1.bias": torch.zeros(16)})) < 300
 
 
 def test_own_weights_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert mnist.find_weights() == Path(mnist.__file__).with_name("pretrained.pt")
+    assert weights.find() == Path(mnist.__file__).with_name("pretrained.pt")
     Path("mnist.pt").touch()
-    assert mnist.find_weights() == Path("mnist.pt")
-    assert mnist.find_weights(Path("x.pt")) == Path("x.pt")
+    assert weights.find() == Path("mnist.pt")
+    assert weights.find(Path("x.pt")) == Path("x.pt")
 
 
 def test_pretrained_weights_keep_the_promise():
-    model, checkpoint = mnist.load(Path(mnist.__file__).with_name("pretrained.pt"))
-    _, correct = mnist.test(model, *mnist.load_mnist(mnist.default_data_dir())[1])
+    model, checkpoint = weights.load(Path(mnist.__file__).with_name("pretrained.pt"))
+    _, correct = mnist.test(model, *mnist.load_mnist(mnist.DATA_DIR)[1])
     assert correct > 9940
-    assert correct / 100 == pytest.approx(checkpoint["test_accuracy"], abs=0.02)  # they were tested in bfloat16
+    assert correct / 100 == pytest.approx(checkpoint["test_accuracy"], abs=0.02)  # rounding, on another processor
     assert checkpoint["settings"]["seed"] == 0
     assert checkpoint["settings"]["epochs"] == mnist.EPOCHS

@@ -10,6 +10,10 @@ import sys
 import zlib
 from pathlib import Path
 
+import mnist
+import predict
+import weights
+
 import numpy as np
 import pytest
 import torch
@@ -18,9 +22,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from scipy import ndimage
 from sklearn.datasets import load_digits
-
-import mnist
-import predict
 
 ROOT = Path(predict.__file__).parent
 
@@ -37,7 +38,7 @@ def seven(size=100, left=30, top=20):
 
 @functools.cache
 def pretrained():
-    return mnist.load(ROOT / "pretrained.pt")[0]
+    return weights.load(ROOT / "pretrained.pt")[0]
 
 
 def read(image, single=False):
@@ -88,8 +89,9 @@ def test_other_28_x_28_is_brought_to_form(spoil):
 
 
 def test_mnist_is_unchanged():
-    _, (images, _) = mnist.load_mnist(mnist.default_data_dir())
-    assert all(torch.equal(prepared(image.numpy()), image) for image in images)
+    (training, _), (testing, _) = mnist.load_mnist(mnist.DATA_DIR)
+    assert all(predict.is_mnist(image) for images in (training, testing) for image in images.numpy())
+    assert all(torch.equal(prepared(image.numpy()), image) for image in testing[:100])
 
 
 def lit(pixels):
@@ -137,7 +139,7 @@ def stored(image, format="PNG", **options):
 
 
 def transparent(image, colour=30):
-    """Ink on a transparent ground whose hidden colour is that of the ink."""
+    """Ink on a transparent background whose hidden colour is that of the ink."""
     ink = Image.new("RGBA", image.size, (colour, colour, colour, 255))
     ink.putalpha(ImageOps.invert(image))
     return ink
@@ -162,7 +164,7 @@ def on_its_side(image):
         lambda image: stored(transparent(image, colour=255)),
         lambda image: stored(image.convert("RGBA")),
         lambda image: stored(image.point(lambda value: 200 + value // 5).convert("RGBA")),  # faint, but opaque
-        lambda image: stored(ImageOps.expand(image.convert("RGBA"), 20)),  # a card on a transparent ground
+        lambda image: stored(ImageOps.expand(image.convert("RGBA"), 20)),  # a card on a transparent background
         lambda image: stored(image, "HEIF", quality=90),
         on_its_side,
     ],
@@ -494,7 +496,7 @@ def test_show_writes_a_contact_sheet(folder):
         pixels = np.asarray(sheet.convert("L"))
     row = pixels.shape[0] // 2
     assert (pixels[:row, : pixels.shape[1] // 2] == 30).any()  # the ink of the original,
-    assert (pixels[:row, pixels.shape[1] // 2 :] == 0).mean() > 0.3  # the black ground of MNIST
+    assert (pixels[:row, pixels.shape[1] // 2 :] == 0).mean() > 0.3  # the black background of MNIST
 
 
 def test_show_spares_a_picture_of_its_name(folder, capsys):
@@ -559,6 +561,28 @@ def test_name_that_the_output_cannot_encode(folder):
 def test_isolated_python_finds_mnist(script, tmp_path):
     path = Path(predict.__file__).with_name(script)
     subprocess.run([sys.executable, "-I", path, "--help"], cwd=tmp_path, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "module", ["weights", "predict", "export", "report", "benchmarks.seeds", "benchmarks.pictures"]
+)
+def test_mps_falls_back_wherever_one_begins(module):
+    """PyTorch reads the variable when it is imported, so mnist.py must come first."""
+    code = f"""
+import os, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK"))
+            os._exit(sys.stdout.flush() or 0)
+
+sys.meta_path.insert(0, Finder())
+import {module}
+"""
+    env = {name: value for name, value in os.environ.items() if name != "PYTORCH_ENABLE_MPS_FALLBACK"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_output_can_be_any_stream(folder):
