@@ -50,13 +50,19 @@ SHEET = Path("seen.png")  # what --show writes
 # --- Any picture as ink on a background ----------------------------------------------------------------------------
 
 
+def stretch(values):
+    """Return an array in which 0 stays 0 and the largest number becomes 255."""
+    return values * (255 / (values.max() or 1))
+
+
 def to_grey(image):
     """Return a PIL image of any mode in grey (mode L or F, 0 to 255), upright, with at most the area of SIDE x SIDE."""
     image = ImageOps.exif_transpose(image)
     scale = SIDE / math.sqrt(image.width * image.height)
     size = [max(1, round(side * scale)) for side in image.size]
-    if image.mode.startswith("I"):  # 16 bits
-        image = image.convert("F").point(lambda value: value * (1 / 257) + 0)
+    if image.mode[0] in "IF":  # 16 or 32 bits: only the picture can tell their range
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+        image = Image.fromarray(stretch(values - values.min()))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image.thumbnail(size)
@@ -68,6 +74,8 @@ def to_grey(image):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode not in ("L", "F"):
         image = image.convert("RGB").convert("L")
+    if image.getextrema() == (0, 1):  # a mask, whose 1 means white
+        image = image.point(lambda value: 255 * value)
     image.thumbnail(size)
     return image
 
@@ -262,14 +270,15 @@ def read(model, image, single=False):
     """Return the digits on a PIL image from left to right, as a list of Digit; one alone if `single`.
 
     Ink and background can be told apart in several ways. All go through the network, and the one whose mean probability
-    and head start add up to most counts. An image in MNIST's form goes there as it is. Raises UserError if there is no
-    ink.
+    and head start add up to most counts. An image in MNIST's form goes there with nothing but its range changed, if
+    that is not 0 to 255. Raises UserError if there is no ink.
     """
     if max(image.size) < MIN_SIDE:
         raise mnist.UserError(f"it has only {image.width} x {image.height} pixels")
     grey = to_grey(image)
-    if is_mnist(np.asarray(grey)):
-        ways = [(0, [(bounding_box(np.asarray(grey)), torch.from_numpy(np.array(grey)).byte())])]
+    if is_mnist(pixels := np.array(grey)):
+        pixels = np.round(pixels if pixels.max() >= 254 else stretch(pixels))  # MNIST's own reach 254 or 255
+        ways = [(0, [(bounding_box(pixels), torch.from_numpy(pixels).byte())])]
     else:
         times = math.ceil(SMALL / max(grey.size))
         grey = grey.resize((times * grey.width, times * grey.height), Image.Resampling.BICUBIC)

@@ -94,6 +94,44 @@ def test_mnist_is_unchanged():
     assert all(torch.equal(prepared(image.numpy()), image) for image in testing[:100])
 
 
+def mask(pixels):
+    return pixels > 127
+
+
+@pytest.mark.parametrize(
+    ("change", "file_format"),
+    [
+        (lambda pixels: mask(pixels).astype(np.uint8), "PNG"),
+        (lambda pixels: np.stack([mask(pixels).astype(np.uint8)] * 3, axis=-1), "PNG"),
+        (lambda pixels: mask(pixels).astype(np.uint16), "PNG"),
+        (lambda pixels: pixels // 16, "PNG"),
+        (lambda pixels: pixels.astype(np.uint16), "PNG"),
+        (lambda pixels: pixels.astype(np.uint16) * 16, "TIFF"),
+        (lambda pixels: pixels.astype(np.int32), "TIFF"),
+        (lambda pixels: pixels.astype(np.int32) * 2**20, "TIFF"),
+        (lambda pixels: (pixels / 255).astype(np.float32), "TIFF"),
+        (lambda pixels: ((pixels / 255 - mnist.MEAN) / mnist.STD).astype(np.float32), "TIFF"),
+        (lambda pixels: np.kron(1 - mask(pixels), np.ones((8, 8))).astype(np.uint8), "PNG"),  # inverted, and larger
+    ],
+)
+def test_any_range_is_read(change, file_format):
+    """The first five test digits, saved in another range or type than 0 to 255 in 8 bits."""
+    _, (images, labels) = mnist.load_mnist(mnist.DATA_DIR)
+    files = [stored(Image.fromarray(change(image.numpy())), file_format) for image in images[:5]]
+    assert [read(file)[0] for file in files] == labels[:5].numpy().astype(str).tolist()
+
+
+def test_range_of_a_small_form_is_stretched():
+    digit = prepared(seven())
+    assert difference(prepared((digit // 16).numpy()), digit) < 0.02
+
+
+@pytest.mark.parametrize("value", [0.5, np.nan, np.inf])
+def test_blank_floats_hold_no_ink(value):
+    with pytest.raises(mnist.UserError, match="nothing to be seen"):
+        read(np.full((28, 28), value, dtype=np.float32))
+
+
 def lit(pixels):
     return (pixels * np.linspace(0.4, 1, pixels.shape[1])).astype(np.uint8)
 
