@@ -96,7 +96,7 @@ def to_onnx(model, images, labels):
     def conv(name, x):
         layer = layers[name]
         weight, bias = constant(f"{name}.weight", layer.weight), constant(f"{name}.bias", layer.bias)
-        return add("Conv", x, weight, bias, pads=4 * layer.padding[:1])
+        return add("Conv", x, weight, bias, kernel_shape=layer.kernel_size, pads=4 * layer.padding[:1])
 
     def relu(x):
         return add("Relu", x)

@@ -584,6 +584,10 @@ def test_onnx_is_one_file_that_says_what_it_is(exported):
     assert metadata.custom_metadata_map["accuracy"] == f"{accuracy} % of MNIST's 10,000 test digits"
     model = onnx.load(exported / "mnist.onnx")
     onnx.checker.check_model(model, full_check=True)
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == 10
+    for node in convolutions:  # OpenCV refuses to load one without
+        assert "kernel_shape" in [attribute.name for attribute in node.attribute]
     assert (model.ir_version, model.opset_import[0].version) == (8, 17)  # for old runtimes, too
 
 
