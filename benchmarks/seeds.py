@@ -194,6 +194,7 @@ def run_settings(args):
         "precision": args.precision,
         "threads": torch.get_num_threads(),
         "cpu": cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "system": platform.system(),
         "python": platform.python_version(),
         **versions,
@@ -364,7 +365,7 @@ def join(args):
     settings = {}
     for name in parts[0]["settings"]:
         values = [part["settings"].get(name) for part in parts]
-        if name in ("cpu", "threads", "precision"):  # hosted runners are not all of one kind
+        if name in ("cpu", "capability", "threads", "precision"):  # hosted runners are not all of one kind
             settings[name] = " or ".join(sorted({str(value) for value in values}))
         elif any(value != values[0] for value in values):
             raise mnist.UserError(f"the files differ in {name}: {', '.join(str(value) for value in values)}")
