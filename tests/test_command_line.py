@@ -277,7 +277,8 @@ def test_narrow_ascii_terminal(start):
 
 def train_for_long(start):
     """Start a training that would take hours; return its process after the first epoch."""
-    process = start("--epochs", "1000000")
+    # Whoever runs the tests in the background may have them ignore SIGINT, which the training would inherit.
+    process = start("--epochs", "1000000", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     for line in process.stdout:
         if line.startswith("Epoch"):
             return process
