@@ -389,7 +389,8 @@ def open_benchmark(args):
                 )
         return benchmark
     # The median of three: it depends on which pages of the libraries the system has in memory.
-    memories = [memory for _ in range(3) if (memory := run_process(["-c", "import torch, torchvision"])[1])]
+    repeats = 1 if args.dry_run else 3
+    memories = [memory for _ in range(repeats) if (memory := run_process(["-c", "import torch, torchvision"])[1])]
     import_memory = statistics.median(memories) if memories else None
     return {"command": "", "settings": settings, "import_memory_mb": import_memory, "runs": []}
 
