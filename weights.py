@@ -5,7 +5,7 @@ import re
 import textwrap
 from pathlib import Path
 
-import mnist  # first: it sets what torch reads when it is imported
+import mnist
 
 import torch
 

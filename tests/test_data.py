@@ -110,6 +110,13 @@ FAULTY_RAW_FILES = {
 }
 
 
+def test_label_above_9_is_found(raw, assert_loads, offline, capsys):
+    name = "train-labels-idx1-ubyte"
+    (raw / name).write_bytes(unpacked(raw, name)[:-1] + b"\x0a")
+    assert_loads()  # from the archive
+    assert f"{raw / name} holds other data than MNIST's: looking for another copy" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("fault", FAULTY_RAW_FILES)
 def test_faulty_raw_file(fault, raw, small_mnist, assert_loads, offline, capsys):
     name = "train-labels-idx1-ubyte"

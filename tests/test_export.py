@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import export
@@ -634,6 +636,15 @@ def test_other_files_are_refused(value, folder, assert_refused):
 def test_missing_weights_are_named(folder):
     with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
         export.main(["--model", "absent.pt"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
+def test_full_disk_is_refused(folder, full_disk):
+    Path("draw.html").write_bytes(b"an earlier page")
+    done = subprocess.run([sys.executable, export.__file__], capture_output=True, text=True, preexec_fn=full_disk)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "export.py: error: argument --out: cannot write draw.html: File too large"
+    assert Path("draw.html").read_bytes() == b"an earlier page"
 
 
 def test_help(capsys):

@@ -1,5 +1,7 @@
 """report.py: the figures that it draws."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import mnist
@@ -83,6 +85,16 @@ def no_work(monkeypatch):
 
 def test_missing_folder_is_refused(no_work, folder, assert_refused):
     assert_refused(report.main, "--out", str(Path("no/folder/report.png")))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
+def test_full_disk_is_refused(folder, full_disk):
+    Path("report.png").write_bytes(b"an earlier report")
+    command = [sys.executable, report.__file__, "--augmentation"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=full_disk)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "report.py: error: argument --out: cannot write report.png: File too large"
+    assert Path("report.png").read_bytes() == b"an earlier report"
 
 
 def test_other_formats_are_refused(no_work, folder, assert_refused):
