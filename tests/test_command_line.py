@@ -56,6 +56,9 @@ def test_refusal_says_what_is_expected(capsys):
     with pytest.raises(SystemExit):
         mnist.main(["--lr", "1e-400"])  # above 0, but 0 as a float
     assert "argument --lr: '1e-400' is not a number from 1e-30 to 1e+30" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        mnist.main(["--device", "tpu"])
+    assert "argument --device: 'tpu' is none of auto, cpu, cuda and mps" in capsys.readouterr().err
 
 
 @settings(max_examples=100, deadline=None)

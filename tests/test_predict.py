@@ -126,6 +126,14 @@ def test_range_of_a_small_form_is_stretched():
     assert difference(prepared((digit // 16).numpy()), digit) < 0.02
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_not_finite_are_black(value):
+    digit = prepared(seven())
+    pixels = digit.numpy() / np.float32(255)
+    pixels[0, 0] = value
+    assert difference(prepared(pixels), digit) < 0.01
+
+
 @pytest.mark.parametrize("value", [0.5, np.nan, np.inf])
 def test_blank_floats_hold_no_ink(value):
     with pytest.raises(mnist.UserError, match="nothing to be seen"):
