@@ -85,7 +85,7 @@ def test_failed_run_is_reported(printed, expected):
 
 def test_traceback_of_a_failed_run_is_whole():
     with pytest.raises(mnist.UserError, match=r"(?s)exit status 1: Traceback .*line 1, in <module>.*KeyError: 7$"):
-        seeds.run_process(["-c", "{}[7]"])
+        seeds.run_process(["-c", "import sys; print('a warning', file=sys.stderr); {}[7]"])
 
 
 def test_memory_is_that_of_the_child():

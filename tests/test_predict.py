@@ -106,6 +106,7 @@ def mask(pixels):
         (lambda pixels: mask(pixels).astype(np.uint16), "PNG"),
         (lambda pixels: pixels // 16, "PNG"),
         (lambda pixels: pixels.astype(np.uint16), "PNG"),
+        (lambda pixels: pixels.astype(np.uint16) + 30_000, "PNG"),
         (lambda pixels: pixels.astype(np.uint16) * 16, "TIFF"),
         (lambda pixels: pixels.astype(np.int32), "TIFF"),
         (lambda pixels: pixels.astype(np.int32) * 2**20, "TIFF"),
