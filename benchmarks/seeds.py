@@ -6,6 +6,7 @@ Usage, in the folder of mnist.py:
     python -m benchmarks.seeds --seeds 5 --validate --set LABEL_SMOOTHING=0
     python -m benchmarks.seeds --seeds 40 --shard 3/8 --out shard3.json
     python -m benchmarks.seeds --seeds 40 --join shard*.json      # one table; fails if a seed ends at or below 99.40 %
+    python -m benchmarks.seeds --compare before.json after.json   # is there a difference?
 """
 
 import argparse
@@ -13,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import platform
 import re
@@ -32,6 +34,7 @@ import weights
 from benchmarks import original
 
 import torch
+from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -287,6 +290,67 @@ def print_summary(benchmark):
         print(f"The training loop ran at {100 * summary['share_of_matmul_speed']:.0f} % of the speed of a matmul.")
 
 
+# --- Two benchmarks ------------------------------------------------------------------------------------------------
+
+
+def compare(before, after):
+    """Return how much higher the mean accuracy of the second of two benchmarks is, and how sure that is.
+
+    A dictionary: "difference" in points, its standard "error", the "low" and "high" of its 95 % interval, whether it
+    is "paired", and "seeds": how many in each would tell this difference four times in five, if the standard deviation
+    is that seen (None if there is no difference). If both have the same seeds, it is Student's t-test of the pairs,
+    else Welch's. Raises UserError if they cannot be compared.
+    """
+    if before["settings"]["validate"] != after["settings"]["validate"]:
+        raise mnist.UserError("one file holds validation accuracies, the other test accuracies: make both alike")
+    old, new = ({run["seed"]: run["accuracy"] for run in benchmark["runs"]} for benchmark in (before, after))
+    if min(len(old), len(new)) < 2:
+        raise mnist.UserError("a comparison takes at least two runs in each file: see --seeds")
+    difference = round(statistics.mean(new.values()) - statistics.mean(old.values()), 9)  # 0, not 1e-14
+    if paired := old.keys() == new.keys():
+        variance = statistics.variance(new[seed] - old[seed] for seed in old)
+        error, freedom = math.sqrt(variance / len(old)), len(old) - 1
+    else:
+        variances = [statistics.variance(runs.values()) for runs in (old, new)]
+        variance, error = sum(variances), math.sqrt(variances[0] / len(old) + variances[1] / len(new))
+        freedom = stats.ttest_ind(list(old.values()), list(new.values()), equal_var=False).df
+    margin = stats.t.ppf(0.975, freedom) * error
+    power = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+    return {
+        "difference": difference,
+        "error": error,
+        "low": difference - margin,
+        "high": difference + margin,
+        "paired": paired,
+        "seeds": math.ceil(variance * (power / difference) ** 2) if difference else None,
+    }
+
+
+def print_comparison(paths):
+    """Print what two files hold, in which settings they differ, and how their accuracies compare."""
+    before, after = map(load_results, paths)
+    result = compare(before, after)
+    for path, benchmark in zip(paths, (before, after), strict=True):
+        summary = summarize(benchmark)
+        mean, std, low = (summary[f"accuracy_{name}"] for name in ("mean", "std", "min"))
+        print(f"{path}: {mean:.3f} % ± {std:.3f}, min {low:.2f} %, n = {summary['n']}")
+    for name in before["settings"] | after["settings"]:
+        values = [benchmark["settings"].get(name) for benchmark in (before, after)]
+        if values[0] != values[1]:
+            print(f"They differ in {name}: {values[0]}, {values[1]}")
+    how = "in pairs of one seed" if result["paired"] else "seeds not the same"
+    print(
+        f"Difference: {result['difference']:+.3f} ± {result['error']:.3f} points (standard error; {how}); "
+        f"95 % interval {result['low']:+.3f} to {result['high']:+.3f}"
+    )
+    if result["low"] > 0 or result["high"] < 0:
+        print(f"{paths[1]} is {'better' if result['difference'] > 0 else 'worse'}.")
+    elif result["seeds"]:
+        print(f"No difference that these runs can tell. It would take {result['seeds']:,} seeds each to tell this one.")
+    else:
+        print("No difference.")
+
+
 # --- Command line --------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +389,7 @@ def parse_args(argv):
         metavar="FILE",
         help="run nothing: join shards, and fail if one ended at or below 99.40 %%",
     )
+    add("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="run nothing: compare the accuracies")
     args = parser.parse_args(argv)
     args.set = dict(args.set)
     args.data_dir = args.data_dir.resolve()
@@ -396,8 +461,10 @@ def open_benchmark(args):
 
 
 def main(argv=()):
-    """Run the benchmark that `argv` asks for, print its table and return it."""
+    """Run the benchmark that `argv` asks for, print its table and return it; with --compare, print a comparison."""
     args = parse_args(argv)
+    if args.compare:
+        return print_comparison(args.compare)
     command = shlex.join(["python", "-m", "benchmarks.seeds", *argv])
     if args.join:
         benchmark = {**join(args), "command": command}

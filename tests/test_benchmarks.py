@@ -12,6 +12,7 @@ from benchmarks import pictures, seeds
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 ROOT = Path(mnist.__file__).parent
 
@@ -198,6 +199,52 @@ def test_join_takes_other_machines_only(runs):
     Path("2.json").write_text(json.dumps(part))
     with pytest.raises(mnist.UserError, match="the files differ in torch"):
         seeds.main(["--seeds", "2", "--join", "1.json", "2.json"])
+
+
+def test_comparison_in_pairs(runs, capsys):
+    seeds.main(["--seeds", "4", "--validate", "--out", "before.json"])
+    runs[:] = [99.6, 99.8, 99.5, 99.9]
+    seeds.main(["--seeds", "4", "--validate", "--set", "ROUNDS=4", "--out", "after.json"])
+    capsys.readouterr()
+    seeds.main(["--compare", "before.json", "after.json"])
+    before, after, change, difference, verdict = capsys.readouterr().out.splitlines()
+    assert before == "before.json: 99.550 % ± 0.129, min 99.40 %, n = 4"
+    assert after == "after.json: 99.700 % ± 0.183, min 99.50 %, n = 4"
+    assert change == "They differ in changes: {}, {'ROUNDS': '4'}"
+    # The changes are 0.1, 0.2, 0.1 and 0.2; 3.182 standard errors hold 95 % of Student's t with 3 degrees of freedom.
+    assert "+0.150 ± 0.029 points" in difference
+    assert "in pairs" in difference
+    assert "+0.058 to +0.242" in difference
+    assert verdict == "after.json is better."
+    seeds.main(["--compare", "after.json", "before.json"])
+    assert capsys.readouterr().out.endswith("before.json is worse.\n")
+    seeds.main(["--compare", "after.json", "after.json"])
+    assert capsys.readouterr().out.endswith("No difference.\n")
+
+
+def test_comparison_of_other_seeds(runs, capsys):
+    seeds.main(["--seeds", "4", "--out", "before.json"])
+    seeds.main(["--seeds", "3", "--out", "after.json"])
+    result = seeds.compare(*map(seeds.load_results, map(Path, ("before.json", "after.json"))))
+    expected = stats.ttest_ind([99.5, 99.6, 99.4], [99.5, 99.6, 99.4, 99.7], equal_var=False)
+    assert not result["paired"]
+    assert result["difference"] == pytest.approx(-0.05)
+    assert (result["low"], result["high"]) == pytest.approx(tuple(expected.confidence_interval()))
+    # By the usual rule of thumb for a power of 80 %: 7.85 times the variances over the difference squared.
+    assert result["seeds"] == pytest.approx(7.85 * (0.01667 + 0.01) / 0.05**2, abs=1)
+    capsys.readouterr()
+    seeds.main(["--compare", "before.json", "after.json"])
+    assert f"It would take {result['seeds']} seeds" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared(runs):
+    seeds.main(["--seeds", "1", "--out", "one.json"])
+    seeds.main(["--seeds", "2", "--out", "two.json"])
+    seeds.main(["--seeds", "2", "--validate", "--out", "validation.json"])
+    with pytest.raises(mnist.UserError, match="at least two runs"):
+        seeds.main(["--compare", "one.json", "two.json"])
+    with pytest.raises(mnist.UserError, match="one file holds validation accuracies"):
+        seeds.main(["--compare", "two.json", "validation.json"])
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"runs": []}', '{"settings": {}, "runs": [1]}'])
