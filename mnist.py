@@ -40,10 +40,12 @@ from tqdm.auto import tqdm
 
 # --- Recipe --------------------------------------------------------------------------------------------------------
 
-EPOCHS = 3  # each as long as one pass over the training set
+EPOCHS = 3  # each with as many images as the training set has
 ROUNDS = 8  # per epoch: in each, images are sampled anew, by their latest losses
 MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e9  # in that sampling, of an image without any loss and of one not seen before
 BATCH_SIZE = 128
+JUNK = 16  # images of each batch that show no digit
+JUNK_SIZE = 1_000  # images of each kind of junk
 TEST_BATCH_SIZE = 250  # larger batches take more memory and are no faster
 LR = 0.04  # the learning rate at its peak
 WARM_UP_SHARE = 0.2  # of the steps: over these the learning rate climbs; over the rest it falls to zero
@@ -121,16 +123,58 @@ def load_mnist(data_dir, device="cpu"):
     return (images, labels.long()), (test_images, test_labels.long())
 
 
-def train_batches(losses, batch_size):
-    """Yield the indices (B,) of each training batch of an epoch, given the last loss of every image (N,).
+def train_batches(losses, batches, size):
+    """Yield the indices (size,) of the digits in each of an epoch's batches, given the last loss of every image (N,).
 
     In each of ROUNDS, images are sampled without replacement, weighted by their latest loss, which the caller keeps up
     to date: much like selective backpropagation (Jiang et al., arXiv:1910.00762). Images that were never seen, whose
-    loss is infinite, come first, so the first epoch shows each image once, except those that fill no batch.
+    loss is infinite, come first, so the first epoch shows no image twice.
     """
-    for part in torch.arange(len(losses) // batch_size).chunk(ROUNDS):
+    for part in torch.arange(batches).chunk(ROUNDS):
         weights = losses.clamp(MIN_WEIGHT, MAX_WEIGHT)
-        yield from torch.multinomial(weights, len(part) * batch_size).split(batch_size)
+        yield from torch.multinomial(weights, len(part) * size).split(size)
+
+
+def to_form(images):
+    """Bring what float images (B, 28, 28) show to MNIST's form: 20 pixels wide or high, centred by its mass."""
+    at = torch.linspace(-1, 1, 28, device=images.device)  # of each pixel, as affine_grid measures
+    ink = torch.stack([images.amax(1), images.amax(2)]) > 64  # (2, B, 28): in which columns, in which rows
+    extents = torch.where(ink, at, -1).amax(2) - torch.where(ink, at, 1).amin(2)
+    scale = extents.amax(0) / 2 * 28 / 20
+    x, y = torch.stack([images.sum(1), images.sum(2)]) @ at / images.sum((1, 2)).clamp(min=1)
+    zero = torch.zeros_like(x)
+    theta = torch.stack([scale, zero, x, zero, scale, y], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, [len(images), 1, 28, 28], align_corners=True)
+    return F.grid_sample(images.unsqueeze(1), grid, align_corners=True).squeeze(1)
+
+
+def make_junk(images, labels):
+    """Make uint8 images (N, 28, 28) in MNIST's form that show no digit, JUNK_SIZE of each of seven kinds.
+
+    Trained to find all digits equally likely in them, the network is less sure of what it does not know: outlier
+    exposure (Hendrycks et al., arXiv:1812.04606).
+    """
+
+    def choose(*excluded):
+        others = images[~torch.isin(labels, labels.new_tensor(excluded))]
+        return others[torch.randperm(len(others))[:JUNK_SIZE]].float()
+
+    def noise(cells):  # smooth, and divided by its slope: nearly the distance in pixels from where it is 0
+        field = torch.randn(JUNK_SIZE, 1, cells, cells, device=images.device)
+        field = F.interpolate(field, size=28, mode="bicubic").squeeze(1)
+        return field / torch.stack(torch.gradient(field, dim=(1, 2))).norm(dim=0).clamp(min=1e-3)
+
+    width = 1 + 1.5 * torch.rand(JUNK_SIZE, 1, 1, device=images.device)
+    kinds = [
+        255 - choose(),
+        choose(0, 8).rot90(1, (1, 2)),
+        choose(0, 8).rot90(-1, (1, 2)),
+        choose(0, 1, 5, 8).flip(2),  # mirrored
+        255 * (noise(5) + 0.5).clamp(0, 1),  # blobs
+        255 * (noise(12) + 0.5).clamp(0, 1),  # textures
+        255 * (width - noise(5).abs()).clamp(0, 1),  # scribbles
+    ]
+    return to_form(torch.cat(kinds)).byte()
 
 
 def vary_thickness(images):
@@ -235,9 +279,10 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, test_name="Test"):
     fewer than a batch, and UserError if the loss diverges.
     """
     images, labels = train_set
-    batches = len(images) // batch_size
+    batches, size = len(images) // batch_size, batch_size - JUNK
     if not batches:
         raise ValueError(f"{len(images)} training images are fewer than a batch of {batch_size}")
+    junk, every_class = make_junk(images, labels), torch.full([JUNK, 10], 0.1, device=images.device)
     optimizer = Muon(model)
     losses = torch.full([len(images)], math.inf, device=images.device)  # of each image when it was last seen
     shows_bar = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())  # not in a log
@@ -245,21 +290,23 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, test_name="Test"):
     for epoch in range(1, epochs + 1):
         model.train()
         total_loss, correct, start = 0, 0, time.perf_counter()
-        with tqdm(train_batches(losses, batch_size), f"Epoch {epoch}", batches, disable=not shows_bar) as bar:
+        with tqdm(train_batches(losses, batches, size), f"Epoch {epoch}", batches, disable=not shows_bar) as bar:
             for count, index in enumerate(bar, start=1):
                 progress = ((epoch - 1) * batches + count) / (epochs * batches + 1)
                 strength = 0.5 if progress > 1 - CALM_SHARE else 1
-                data, target = normalise(augment(images[index], strength)), labels[index]
-                output = model(data)
+                data = torch.cat([images[index], junk[torch.randint(len(junk), [JUNK])]])
+                target = torch.cat([F.one_hot(labels[index], 10), every_class])
+                output = model(normalise(augment(data, strength)))
                 loss = F.cross_entropy(output, target, label_smoothing=LABEL_SMOOTHING)
                 model.zero_grad()
                 loss.backward()
                 optimizer.step(lr * min(progress / WARM_UP_SHARE, (1 - progress) / (1 - WARM_UP_SHARE)))
 
-                losses[index] = F.cross_entropy(output.detach(), target, reduction="none")
+                digits = output[:size].detach()
+                losses[index] = F.cross_entropy(digits, labels[index], reduction="none")
                 total_loss += loss.item()
-                correct += (output.argmax(dim=1) == target).sum().item()
-                train_loss, train_accuracy = total_loss / count, 100 * correct / (count * batch_size)
+                correct += (digits.argmax(dim=1) == labels[index]).sum().item()
+                train_loss, train_accuracy = total_loss / count, 100 * correct / (count * size)
                 bar.set_postfix_str(f"loss={train_loss:.4f}, acc={train_accuracy:.2f}%", refresh=False)
                 if not math.isfinite(train_loss):
                     raise UserError(
@@ -268,9 +315,9 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, test_name="Test"):
                     )
         seconds = time.perf_counter() - start
         test_loss, correct = test(model, *test_set)
-        size = len(test_set[0])
-        test_accuracy = 100 * correct / size
-        print(f"{test_name} set: Average loss: {test_loss:.4f}, Accuracy: {correct}/{size} ({test_accuracy:.2f}%)")
+        tested = len(test_set[0])
+        test_accuracy = 100 * correct / tested
+        print(f"{test_name} set: Average loss: {test_loss:.4f}, Accuracy: {correct}/{tested} ({test_accuracy:.2f}%)")
         print(f"Epoch {epoch}: Train Accuracy: {train_accuracy:.2f}%, {test_name} Accuracy: {test_accuracy:.2f}%")
         history.append({"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy})
         history[-1] |= {"test_loss": test_loss, "test_accuracy": test_accuracy, "seconds": seconds}
@@ -418,6 +465,8 @@ def parse_args(argv):
     add("--dry-run", action="store_true", help="train on one batch, test on one")
     add("--summary", action="store_true", help="print the layers of the network and exit")
     args = parser.parse_args(argv)
+    if args.batch_size <= JUNK:
+        parser.error(f"argument --batch-size: {args.batch_size} leaves no room for digits: {JUNK} images show none")
     images = TRAIN_SIZE - VALIDATION_SIZE * args.validate
     if args.batch_size > images:
         parser.error(f"argument --batch-size: {args.batch_size} is more than the {images} training images")

@@ -34,6 +34,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused 
         ("--epochs", "0"),
         ("--epochs", "2.5"),
         ("--batch-size", "-64"),
+        ("--batch-size", "16"),
         ("--batch-size", "60001"),
         ("--lr", "0"),
         ("--lr", "1e-400"),
@@ -56,6 +57,9 @@ def test_refusal_says_what_is_expected(capsys):
     with pytest.raises(SystemExit):
         mnist.main(["--lr", "1e-400"])  # above 0, but 0 as a float
     assert "argument --lr: '1e-400' is not a number from 1e-30 to 1e+30" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        mnist.main(["--batch-size", "16"])
+    assert "argument --batch-size: 16 leaves no room for digits: 16 images show none" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         mnist.main(["--device", "tpu"])
     assert "argument --device: 'tpu' is none of auto, cpu, cuda and mps" in capsys.readouterr().err
@@ -262,7 +266,7 @@ def test_narrow_ascii_terminal(start):
     rows, columns = 24, 40
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     env = {"NO_COLOR": "1", "LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict", "TERM": "dumb"}
-    process = start("--epochs", "2", "--batch-size", "10", stdout=terminal, stderr=terminal, env=env)
+    process = start("--epochs", "2", "--batch-size", "24", stdout=terminal, stderr=terminal, env=env)
     os.close(terminal)
     output = b""
     with contextlib.suppress(OSError):  # the terminal is gone when the process is

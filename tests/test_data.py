@@ -381,9 +381,9 @@ def test_two_downloads_at_once(start, archives, raw):
 # --- Batches -------------------------------------------------------------------------------------------------------
 
 
-def batches(losses, batch_size):
-    """Return the indices of an epoch (batches, B)."""
-    return torch.stack(list(mnist.train_batches(losses, batch_size)))
+def batches(losses, count, size):
+    """Return the indices of an epoch (count, size)."""
+    return torch.stack(list(mnist.train_batches(losses, count, size)))
 
 
 def see(losses, order, loss):
@@ -393,9 +393,9 @@ def see(losses, order, loss):
         yield index
 
 
-def test_first_epoch_shows_all_once():
+def test_first_epoch_shows_none_twice():
     losses = torch.full([1000], torch.inf)
-    order = torch.stack(list(see(losses, mnist.train_batches(losses, 64), loss=9.0)))
+    order = torch.stack(list(see(losses, mnist.train_batches(losses, 15, 64), loss=9.0)))
     assert order.shape == (15, 64)
     assert len(order.unique()) == 960
     assert not torch.equal(order.flatten(), order.flatten().sort().values)
@@ -404,7 +404,7 @@ def test_first_epoch_shows_all_once():
 def test_later_epochs_sample_by_loss(monkeypatch):
     monkeypatch.setattr(mnist, "ROUNDS", 2)
     losses = torch.where(torch.arange(1000) < 250, 5.0, 0.0)
-    epochs = [batches(losses, 100) for _ in range(2)]
+    epochs = [batches(losses, 10, 100) for _ in range(2)]
     assert not torch.equal(*epochs)
     for order in epochs:
         rounds = order.view(2, 500)
@@ -418,17 +418,51 @@ def test_later_epochs_sample_by_loss(monkeypatch):
 def test_chance_is_in_proportion_to_loss():
     torch.manual_seed(0)
     losses = torch.where(torch.arange(1000) < 500, 3.0, 1.0)
-    order = torch.cat([next(mnist.train_batches(losses, 1)) for _ in range(400)])
+    order = torch.cat([next(mnist.train_batches(losses, 1000, 1)) for _ in range(400)])
     assert (order < 500).float().mean() == pytest.approx(0.75, abs=0.08)
 
 
 def test_each_round_samples_by_the_latest_loss(monkeypatch):
     monkeypatch.setattr(mnist, "ROUNDS", 2)
     losses = torch.ones(1000)
-    order = mnist.train_batches(losses, 100)
+    order = mnist.train_batches(losses, 10, 100)
     first = torch.cat([next(order) for _ in range(5)])
     losses[first] = 0
     assert not torch.isin(torch.cat(list(order)), first).any()
+
+
+# --- Junk ----------------------------------------------------------------------------------------------------------
+
+
+def test_junk_is_in_the_form_of_mnist(digits):
+    torch.manual_seed(0)
+    junk = mnist.make_junk(*digits(500))
+    assert junk.dtype == torch.uint8
+    assert junk.shape[1:] == (28, 28)
+    at, spans = torch.arange(28.0), []
+    for axis in (1, 2):
+        profile = junk.float().sum(axis)
+        assert ((profile @ at / profile.sum(1) - 13.5).abs() < 0.6).all()
+        ink = (junk > 64).any(axis)
+        spans.append(torch.where(ink, at, -1).amax(1) - torch.where(ink, at, 28).amin(1) + 1)
+    spans = torch.stack(spans).amax(0)
+    assert spans.min() >= 19
+    assert spans.max() <= 21
+
+
+def test_junk_differs_with_the_seed(digits):
+    first, second, other = (torch.manual_seed(seed) and mnist.make_junk(*digits(50)) for seed in (0, 0, 1))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_digits_that_stay_digits_are_no_junk(monkeypatch):
+    monkeypatch.setattr(mnist, "JUNK_SIZE", 10)
+    images = torch.zeros(20, 28, 28, dtype=torch.uint8)
+    images[:, 4:24, 8:20] = 255
+    counts = [len(mnist.make_junk(images, torch.full([20], label))) for label in range(10)]
+    # An 8 is neither turned nor mirrored, nor is a 0; a 1 and a 5 are not mirrored.
+    assert counts == [40, 60, 70, 70, 70, 60, 70, 70, 40, 70]
 
 
 # --- Images --------------------------------------------------------------------------------------------------------

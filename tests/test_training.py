@@ -19,7 +19,7 @@ def test_fewer_images_than_a_batch_are_refused(digits):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_digits_are_learned(small_mnist, device):
-    results = mnist.main(["--epochs", "5", "--batch-size", "20", "--data-dir", small_mnist, "--device", device])
+    results = mnist.main(["--epochs", "8", "--batch-size", "40", "--data-dir", small_mnist, "--device", device])
     losses = [epoch["train_loss"] for epoch in results["history"]]
     assert losses[-1] < losses[0] / 1.5
     assert results["test_accuracy"] > 90
@@ -45,32 +45,36 @@ def repeatable_model(monkeypatch):
 
 def test_step_records_its_losses(repeatable_model, digits, monkeypatch):
     images, labels = digits(39)
-    index, recorded = torch.arange(5, 25), []
+    index, recorded, junk = torch.arange(5, 25), [], images[:1].mT
+    monkeypatch.setattr(mnist, "make_junk", lambda *_: junk)
 
-    def train_batches(losses, batch_size):
+    def train_batches(losses, batches, size):
+        assert (batches, size) == (1, 20)
         recorded.append(losses)
         yield index
 
     monkeypatch.setattr(mnist, "train_batches", train_batches)
     before = {name: tensor.clone() for name, tensor in repeatable_model.state_dict().items()}
-    (epoch,) = mnist.fit(repeatable_model, (images, labels), digits(10), epochs=1, batch_size=20, lr=0.01)
+    (epoch,) = mnist.fit(repeatable_model, (images, labels), digits(10), epochs=1, batch_size=36, lr=0.01)
     assert all(
         (before[name] != tensor).any() for name, tensor in repeatable_model.named_parameters() if tensor.ndim > 1
     )
 
     repeatable_model.load_state_dict(before)
-    output = repeatable_model.train()(mnist.normalise(images[index]))
+    output = repeatable_model.train()(mnist.normalise(torch.cat([images[index], junk.expand(16, -1, -1)])))
     (losses,) = recorded
-    assert torch.allclose(losses[index], F.cross_entropy(output, labels[index], reduction="none"))
+    assert torch.allclose(losses[index], F.cross_entropy(output[:20], labels[index], reduction="none"))
     assert losses[:5].isinf().all()  # not seen yet
     assert losses[25:].isinf().all()
-    loss = F.cross_entropy(output, labels[index], label_smoothing=mnist.LABEL_SMOOTHING)
+    loss = 20 / 36 * F.cross_entropy(output[:20], labels[index], label_smoothing=mnist.LABEL_SMOOTHING)
+    loss -= 16 / 36 * output[20:].log_softmax(dim=1).mean()  # junk is to be each digit with the same probability
     assert epoch["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    correct = (output.argmax(dim=1) == labels[index]).sum().item()
+    correct = (output[:20].argmax(dim=1) == labels[index]).sum().item()
     assert epoch["train_accuracy"] == pytest.approx(100 * correct / 20)
 
 
 def test_history_holds_means_of_epochs(repeatable_model, digits, monkeypatch):
+    monkeypatch.setattr(mnist, "JUNK", 0)
     images, labels = digits(230)
     indices, batches = [], mnist.train_batches
 
@@ -79,10 +83,10 @@ def test_history_holds_means_of_epochs(repeatable_model, digits, monkeypatch):
         return indices[-1]
 
     monkeypatch.setattr(mnist, "train_batches", train_batches)
-    history = mnist.fit(repeatable_model, (images, labels), digits(10), epochs=2, batch_size=10, lr=1e-30)
+    history = mnist.fit(repeatable_model, (images, labels), digits(30), epochs=2, batch_size=10, lr=1e-30)
     repeatable_model.train()
     for epoch, order in zip(history, indices, strict=True):
-        assert len(order) == 23
+        assert [len(index) for index in order] == [10] * 23
         outputs = [(repeatable_model(mnist.normalise(images[index])), labels[index]) for index in order]
         losses = [F.cross_entropy(*pair, label_smoothing=mnist.LABEL_SMOOTHING).item() for pair in outputs]
         correct = sum((output.argmax(dim=1) == target).sum().item() for output, target in outputs)
@@ -103,14 +107,14 @@ def test_training_augments_its_images(digits, monkeypatch):
 def test_last_steps_are_calm(digits, monkeypatch):
     strengths = []
     monkeypatch.setattr(mnist, "augment", lambda images, strength: strengths.append(float(strength)) or images)
-    mnist.fit(mnist.Net(), digits(60), digits(10), epochs=2, batch_size=12, lr=0.01)
-    assert strengths == [1] * 6 + [0.5] * 4
+    mnist.fit(mnist.Net(), digits(60), digits(10), epochs=2, batch_size=20, lr=0.01)
+    assert strengths == [1] * 4 + [0.5] * 2
 
 
 def test_infinite_loss_stops_the_run(small_mnist, tmp_path):
     (tmp_path / "mnist.pt").write_bytes(b"an earlier run")
     with pytest.raises(mnist.UserError, match=r"the loss is (nan|inf) at epoch 1, step \d+: lower --lr"):
-        mnist.main(["--lr", "1e30", "--batch-size", "5", "--data-dir", small_mnist])
+        mnist.main(["--lr", "1e30", "--batch-size", "20", "--data-dir", small_mnist])
     assert (tmp_path / "mnist.pt").read_bytes() == b"an earlier run"
 
 
