@@ -6,7 +6,8 @@ Usage, in the folder of mnist.py:
     python -m benchmarks.pictures FOLDER            # on the pictures in FOLDER; mistakes.png shows the mistakes
 
 FOLDER holds labels.tsv, a table with the columns picture and label and perhaps kind, separated by tabs; or a folder of
-pictures for each label: 0, 1, ..., 9.
+pictures for each label: 0, 1, ..., 9. In the table, a picture without a digit has an empty label; it is read right if
+no answer is sure.
 """
 
 import argparse
@@ -157,6 +158,47 @@ KINDS = {
     "two digits side by side": [ink],
 }
 
+# What is no digit: the strokes of each, as the columns and rows of points on a grid of 5 x 5.
+LETTERS = [
+    "04 20 44, 12 32",  # A
+    "40 00 04 44, 02 32",  # E
+    "40 00 04, 02 32",  # F
+    "00 04, 40 44, 02 42",  # H
+    "00 04, 40 02 44",  # K
+    "04 00 22 40 44",  # M
+    "04 00 44 40",  # N
+    "04 00 30 41 32 02, 22 44",  # R
+    "00 40, 20 24",  # T
+    "00 14 22 34 40",  # W
+    "00 44, 04 40",  # X
+    "00 22 40, 22 24",  # Y
+]
+SHAPES = [
+    "04 20 44 04",  # triangle
+    "04 02 20 42 44 04",  # house
+    "34 20 14 41 01 34",  # star
+    "02 42, 31 42 33",  # arrow
+    "02 14 40",  # tick
+    "20 24, 02 42",  # plus
+    "01 41, 03 43",  # equals
+    "10 14, 30 34, 01 41, 03 43",  # hash
+    "00 40 04 44 00",  # hourglass
+    "03 11 23 31 43",  # zigzag
+    "00 40 44 04 00, 00 44, 04 40",  # envelope
+    "00 40 44 04 00, 02 42, 20 24",  # window
+]
+
+
+def drawn(strokes, rng):
+    """Draw strokes by hand: dark on light, 224 x 224 pixels."""
+    paper = Image.new("L", (224, 224), 235)
+    width = int(rng.integers(8, 25))
+    for stroke in strokes.split(", "):
+        points = np.array([[int(column), int(row)] for column, row in stroke.split()])
+        points = 40 * points + 32 + rng.normal(0, 6, points.shape)
+        ImageDraw.Draw(paper).line(points.ravel().tolist(), fill=47, width=width, joint="curve")
+    return paper
+
 
 # --- Measurement ---------------------------------------------------------------------------------------------------
 
@@ -182,6 +224,8 @@ def made_up(count):
     answers = uci.target[:count].astype(str).tolist()
     yield "UCI's digits, 8 x 8", small, answers
     yield "UCI's digits, enlarged to 64 x 64", large, answers
+    for kind, table in (("no digit: letters", LETTERS), ("no digit: shapes", SHAPES)):
+        yield kind, [drawn(table[i % len(table)], rng) for i in range(count)], [""] * count
 
 
 def labelled(folder):
@@ -193,7 +237,7 @@ def labelled(folder):
     if table.exists():
         with table.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             for row in csv.DictReader(file, delimiter="\t"):
-                if not row.get("picture") or not row.get("label"):
+                if not row.get("picture") or row.get("label") is None:
                     raise mnist.UserError(
                         f"{table}: a row has no picture or no label: the first line names the columns"
                     )
@@ -216,7 +260,7 @@ def measure(model, pictures, labels):
     """Read PIL images, or files of pictures, and compare the answers with the labels.
 
     Returns shares of the pictures in %, and a row for predict.write_sheet() of each mistake. The share that is right
-    if merely inverted and resized is None for numbers, as that gives but one digit.
+    if merely inverted and resized is None where a label is not one digit.
     """
     right, sure, plain, mistakes = [], [], [], []
     for picture, label in zip(pictures, labels, strict=True):
@@ -229,16 +273,16 @@ def measure(model, pictures, labels):
             caption = predict.as_text(result)
         except mnist.UserError as error:
             caption = f": {error}"
-        right.append(result is not None and result["number"] == label)
         sure.append(result is not None and result["sure"])
+        right.append(result is not None and result["number"] == label if label else not sure[-1])
         plain.append(str(mnist.classify(model, invert_and_resize(image)[None]).argmax().item()) == label)
         if not right[-1]:
             name = picture if isinstance(picture, Path) else ""
-            mistakes.append((predict.to_grey(image).convert("L"), seen, f"{name} is {label}{caption}"))
+            mistakes.append((predict.to_grey(image).convert("L"), seen, f"{name} is {label or 'no digit'}{caption}"))
     right, sure = np.array(right), np.array(sure)
     shares = {"predict": right, "not sure": ~sure, "wrong, but sure": sure & ~right, "plain": plain}
     shares = {name: 100 * np.mean(values).item() for name, values in shares.items()}
-    if any(len(label) > 1 for label in labels):
+    if any(len(label) != 1 for label in labels):
         shares["plain"] = None
     return shares, mistakes
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import mnist
+import predict
 from benchmarks import pictures, seeds
 
 import pytest
@@ -334,7 +335,7 @@ def test_every_kind_of_picture_is_measured(small_mnist, folder, monkeypatch, cap
     monkeypatch.setattr(mnist, "DATA_DIR", small_mnist)
     results = pictures.main(["--images", "2", "--out", "results.json"])
     assert json.loads(Path("results.json").read_text()) == results
-    assert list(results)[:-2] == list(pictures.KINDS)
+    assert list(results)[:-4] == list(pictures.KINDS)
     assert capsys.readouterr().out.count("| 2 |") == len(results)
 
 
@@ -361,6 +362,17 @@ def test_own_pictures_with_a_table(own_pictures, folder, capsys):
     assert "2 of 2 mistakes are shown in mistakes.png" in capsys.readouterr().out
     with Image.open("mistakes.png") as sheet:
         assert sheet.height > 2 * 224
+
+
+def test_own_pictures_without_a_digit(own_pictures, folder, monkeypatch):
+    (own_pictures / "labels.tsv").write_text("picture\tlabel\na.png\t\nb.png\t\nc.png\t\n")
+    results = pictures.main([str(own_pictures), "--model", str(ROOT / "pretrained.pt")])
+    assert results["all"]["wrong, but sure"] == pytest.approx(200 / 3)  # c.png cannot be read: no answer
+    assert results["all"]["predict"] == pytest.approx(100 / 3)
+    assert results["all"]["plain"] is None
+    monkeypatch.setattr(predict, "SURE", 1.1)
+    results = pictures.main([str(own_pictures), "--model", str(ROOT / "pretrained.pt")])
+    assert results["all"] == {"predict": 100, "not sure": 100, "wrong, but sure": 0, "plain": None}
 
 
 def test_own_pictures_with_a_folder_for_each_digit(own_pictures, folder):
