@@ -137,14 +137,13 @@ def train_batches(losses, batches, size):
 
 def to_form(images):
     """Bring what float images (B, 28, 28) show to MNIST's form: 20 pixels wide or high, centred by its mass."""
-    at = torch.linspace(-1, 1, 28, device=images.device)  # of each pixel, as affine_grid measures
+    at = torch.linspace(-1, 1, 28, device=images.device)  # of each pixel, as grid_sample measures
     ink = torch.stack([images.amax(1), images.amax(2)]) > 64  # (2, B, 28): in which columns, in which rows
     extents = torch.where(ink, at, -1).amax(2) - torch.where(ink, at, 1).amin(2)
     scale = extents.amax(0) / 2 * 28 / 20
-    x, y = torch.stack([images.sum(1), images.sum(2)]) @ at / images.sum((1, 2)).clamp(min=1)
-    zero = torch.zeros_like(x)
-    theta = torch.stack([scale, zero, x, zero, scale, y], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, [len(images), 1, 28, 28], align_corners=True)
+    centres = torch.stack([images.sum(1), images.sum(2)]) @ at / images.sum((1, 2)).clamp(min=1)
+    x, y = centres.unsqueeze(2) + scale.unsqueeze(1) * at  # (B, 28) each: where the new pixels come from
+    grid = torch.stack(torch.broadcast_tensors(x.unsqueeze(1), y.unsqueeze(2)), dim=3)
     return F.grid_sample(images.unsqueeze(1), grid, align_corners=True).squeeze(1)
 
 
@@ -162,17 +161,17 @@ def make_junk(images, labels):
     def noise(cells):  # smooth, and divided by its slope: nearly the distance in pixels from where it is 0
         field = torch.randn(JUNK_SIZE, 1, cells, cells, device=images.device)
         field = F.interpolate(field, size=28, mode="bicubic").squeeze(1)
-        return field / torch.stack(torch.gradient(field, dim=(1, 2))).norm(dim=0).clamp(min=1e-3)
+        return field / torch.hypot(*torch.gradient(field, dim=(1, 2))).clamp(min=1e-3)
 
-    width = 1 + 1.5 * torch.rand(JUNK_SIZE, 1, 1, device=images.device)
+    random = torch.rand(JUNK_SIZE, 1, 1, device=images.device)
     kinds = [
         255 - choose(),
         choose(0, 8).rot90(1, (1, 2)),
         choose(0, 8).rot90(-1, (1, 2)),
         choose(0, 1, 5, 8).flip(2),  # mirrored
         255 * (noise(5) + 0.5).clamp(0, 1),  # blobs
-        255 * (noise(12) + 0.5).clamp(0, 1),  # textures
-        255 * (width - noise(5).abs()).clamp(0, 1),  # scribbles
+        255 * (random * noise(12) + 0.5).clamp(0, 1),  # textures, of any contrast
+        255 * (1 + 1.5 * random - noise(5).abs()).clamp(0, 1),  # scribbles, 1 to 4 pixels thick
     ]
     return to_form(torch.cat(kinds)).byte()
 
@@ -294,7 +293,7 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, test_name="Test"):
             for count, index in enumerate(bar, start=1):
                 progress = ((epoch - 1) * batches + count) / (epochs * batches + 1)
                 strength = 0.5 if progress > 1 - CALM_SHARE else 1
-                data = torch.cat([images[index], junk[torch.randint(len(junk), [JUNK])]])
+                data = torch.cat([images[index], junk[torch.randint(len(junk), [JUNK], device=junk.device)]])
                 target = torch.cat([F.one_hot(labels[index], 10), every_class])
                 output = model(normalise(augment(data, strength)))
                 loss = F.cross_entropy(output, target, label_smoothing=LABEL_SMOOTHING)
@@ -465,11 +464,10 @@ def parse_args(argv):
     add("--dry-run", action="store_true", help="train on one batch, test on one")
     add("--summary", action="store_true", help="print the layers of the network and exit")
     args = parser.parse_args(argv)
-    if args.batch_size <= JUNK:
-        parser.error(f"argument --batch-size: {args.batch_size} leaves no room for digits: {JUNK} images show none")
     images = TRAIN_SIZE - VALIDATION_SIZE * args.validate
-    if args.batch_size > images:
-        parser.error(f"argument --batch-size: {args.batch_size} is more than the {images} training images")
+    if not JUNK < args.batch_size <= images:
+        limits = f"more than the {JUNK} images that show no digit and at most the {images} training images"
+        parser.error(f"argument --batch-size: {args.batch_size} is not {limits}")
     if args.precision == "auto":
         args.precision = "bfloat16" if has_bfloat16(args.device) else "float32"
     elif args.precision == "bfloat16" and not has_bfloat16(args.device):

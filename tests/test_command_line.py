@@ -59,7 +59,7 @@ def test_refusal_says_what_is_expected(capsys):
     assert "argument --lr: '1e-400' is not a number from 1e-30 to 1e+30" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         mnist.main(["--batch-size", "16"])
-    assert "argument --batch-size: 16 leaves no room for digits: 16 images show none" in capsys.readouterr().err
+    assert "argument --batch-size: 16 is not more than the 16 images that show no digit" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         mnist.main(["--device", "tpu"])
     assert "argument --device: 'tpu' is none of auto, cpu, cuda and mps" in capsys.readouterr().err
