@@ -3,7 +3,7 @@
 Usage:
     python report.py                               # mnist.pt, else pretrained.pt; the figure goes to report.png
     python report.py --out report.pdf              # or .svg
-    python report.py --augmentation --out row.png  # what training does to a row of digits, instead
+    python report.py --augmentation --out row.png  # what training shows: a row of digits, augmented, and junk
 """
 
 import argparse
@@ -159,17 +159,20 @@ def draw_report(model, checkpoint, images, labels, name):
 
 
 def draw_augmentation(images, labels):
-    """Return a figure of the first image of each digit, and below it what training may show three times instead."""
+    """Return a figure of the first image of each digit, of what training may show three times instead, and of junk."""
     row = torch.stack([images[labels == digit][0] for digit in labels.unique()])
     torch.manual_seed(0)
     augmented = [mnist.augment(row) for _ in range(3)]
-    figure = plt.figure(figsize=(10, 4), layout="constrained", dpi=100)
-    axes = figure.subplots(4, len(row), squeeze=False)
-    for ax, image in zip(axes.flatten(), torch.cat([row, *augmented]), strict=True):
+    junk = mnist.make_junk(images, labels)
+    some = junk[torch.linspace(0, len(junk) - 1, len(row)).long()]
+    figure = plt.figure(figsize=(10, 5), layout="constrained", dpi=100)
+    axes = figure.subplots(5, len(row), squeeze=False)
+    for ax, image in zip(axes.flatten(), torch.cat([row, *augmented, some]), strict=True):
         ax.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=255)
         ax.set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("as it is")
     axes[2, 0].set_ylabel("augmented")
+    axes[4, 0].set_ylabel("no digit")
     return figure
 
 
@@ -179,7 +182,7 @@ def parse_args(argv):
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
     add("--data-dir", type=Path, default=mnist.DATA_DIR, help="data folder (default: $MNIST_DATA or data/)")
     add("--out", type=mnist.writable, default="report.png", metavar="PATH", help="default: %(default)s; or .pdf, .svg")
-    add("--augmentation", action="store_true", help="draw what augmentation does to a row of digits instead")
+    add("--augmentation", action="store_true", help="draw a row of digits, augmented, and junk instead")
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in FORMATS:
         parser.error(f"argument --out: {args.out} does not end in {', '.join(FORMATS)}")

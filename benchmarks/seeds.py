@@ -430,12 +430,12 @@ def join(args):
     settings = {}
     for name in parts[0]["settings"]:
         values = [part["settings"].get(name) for part in parts]
-        if name in ("cpu", "capability", "threads", "precision"):  # hosted runners are not all of one kind
-            settings[name] = " or ".join(sorted({str(value) for value in values}))
-        elif any(value != values[0] for value in values):
-            raise mnist.UserError(f"the files differ in {name}: {', '.join(str(value) for value in values)}")
-        else:
+        if all(value == values[0] for value in values):
             settings[name] = values[0]
+        elif name in ("cpu", "capability", "threads", "precision"):  # hosted runners are not all of one kind
+            settings[name] = " or ".join(sorted({str(value) for value in values}))
+        else:
+            raise mnist.UserError(f"the files differ in {name}: {', '.join(str(value) for value in values)}")
     return {**parts[0], "settings": settings, "parts": [part["command"] for part in parts], "runs": runs}
 
 

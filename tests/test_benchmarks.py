@@ -173,6 +173,7 @@ def test_shards_divide_and_join(runs, capsys):
     results = seeds.main(["--seeds", "4", "--join", *shards, "--out", "all.json"])
     assert [run["seed"] for run in results["runs"]] == [0, 1, 2, 3]
     assert seeds.load_results(Path("all.json")) == results
+    assert len(seeds.main(["--seeds", "4", "--out", "all.json"])["runs"]) == 4  # a joined file can be continued
     assert results["parts"][2] == "python -m benchmarks.seeds --seeds 4 --shard 3/3 --out shard3.json"
     assert "| mnist.py | 4 | 99.552 %" in capsys.readouterr().out
 
