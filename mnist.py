@@ -156,8 +156,8 @@ def make_junk(images, labels):
     """
 
     def choose(*excluded):
-        others = images[~torch.isin(labels, labels.new_tensor(excluded))]
-        return others[torch.randperm(len(others))[:JUNK_SIZE]].float()
+        others = torch.isin(labels, labels.new_tensor(excluded), invert=True).nonzero().squeeze(1)
+        return images[others[torch.randperm(len(others))[:JUNK_SIZE]]].float()
 
     def noise(cells):  # smooth, and divided by its slope: nearly the distance in pixels from where it is 0
         field = torch.randn(JUNK_SIZE, 1, cells, cells, device=images.device)
@@ -275,8 +275,8 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, test_name="Test"):
     """Train `model` in place by the recipe, and test it after every epoch.
 
     Each set is (images, labels) as load_mnist() returns them, on the model's device. Returns the history: for each
-    epoch a dictionary of mean losses, accuracies in % and seconds of training. Raises ValueError if the images are
-    fewer than a batch, and UserError if the loss diverges.
+    epoch a dictionary of mean losses, accuracies in % (in training, of the digits alone) and seconds of training.
+    Raises ValueError if the images are fewer than a batch, and UserError if the loss diverges.
     """
     images, labels = train_set
     batches, size = len(images) // batch_size, batch_size - JUNK

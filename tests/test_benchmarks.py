@@ -224,6 +224,16 @@ def test_comparison_in_pairs(runs, capsys):
     assert capsys.readouterr().out.endswith("No difference.\n")
 
 
+def test_rounding_is_no_difference(runs):
+    runs[:3] = [99.4, 99.41, 99.47]
+    seeds.main(["--seeds", "3", "--out", "before.json"])
+    runs[:3] = [99.4, 99.43, 99.45]  # the same mean, but for 1e-14
+    seeds.main(["--seeds", "3", "--out", "after.json"])
+    result = seeds.compare(*map(seeds.load_results, map(Path, ("before.json", "after.json"))))
+    assert result["difference"] == 0
+    assert result["seeds"] is None
+
+
 def test_comparison_of_other_seeds(runs, capsys):
     seeds.main(["--seeds", "4", "--out", "before.json"])
     seeds.main(["--seeds", "3", "--out", "after.json"])
@@ -299,7 +309,19 @@ def test_readme_gives_the_results():
         elif path.parent.name == "results":
             low, loss, error = (summary[name] for name in ("seeds_at_or_below_99.40", "loss", "calibration_error"))
             figures += f" {len(low)} | {loss:.4f} | {error:.2f} % |"
+        if path.parent.name == "ablation-3-epochs" and path.stem != "as-is":
+            change = seeds.compare(*map(seeds.load_results, (path.with_name("as-is.json"), path)))
+            figures += f" {change['difference']:+.3f} ± {change['error']:.3f} |".replace("-", "\N{MINUS SIGN}")
         assert figures in readme, path.name
+
+
+def test_contributing_shows_a_real_comparison(folder, capsys):
+    results = Path(seeds.__file__).with_name("results") / "ablation-3-epochs"
+    for source, copy in (("as-is", "before"), ("not-calm", "after")):
+        shutil.copy(results / f"{source}.json", f"{copy}.json")
+    seeds.main(["--compare", "before.json", "after.json"])
+    shown = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert all(f"   {line}\n" in shown for line in capsys.readouterr().out.splitlines())
 
 
 def summary_of(name):

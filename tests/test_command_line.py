@@ -61,6 +61,10 @@ def test_refusal_says_what_is_expected(capsys):
         mnist.main(["--batch-size", "16"])
     assert "argument --batch-size: 16 is not more than the 16 images that show no digit" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        mnist.main(["--validate", "--batch-size", "50001"])
+    assert "--batch-size: 50001 is not more than the 16" in (error := capsys.readouterr().err)
+    assert "at most the 50000 training images" in error
+    with pytest.raises(SystemExit):
         mnist.main(["--device", "tpu"])
     assert "argument --device: 'tpu' is none of auto, cpu, cuda and mps" in capsys.readouterr().err
 

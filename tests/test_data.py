@@ -451,9 +451,25 @@ def test_junk_is_in_the_form_of_mnist(digits):
 
 
 def test_junk_differs_with_the_seed(digits):
-    first, second, other = (torch.manual_seed(seed) and mnist.make_junk(*digits(50)) for seed in (0, 0, 1))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, other)
+    junk = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        junk.append(mnist.make_junk(*digits(50)))
+    assert torch.equal(junk[0], junk[1])
+    assert not torch.equal(junk[0], junk[2])
+
+
+def test_digits_among_junk_are_changed(monkeypatch):
+    monkeypatch.setattr(mnist, "JUNK_SIZE", 1)
+    seven = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    seven[:, 4:7, 8:20] = seven[:, 4:24, 17:20] = 255
+    junk = mnist.make_junk(seven, torch.tensor([7])).float()
+    expected = [255 - seven, seven.rot90(1, (1, 2)), seven.rot90(-1, (1, 2)), seven.flip(2)]
+    forms = mnist.to_form(torch.cat(expected).float())
+    assert len(junk) == 7
+    for one, form in zip(junk, forms, strict=False):
+        assert (one - form).abs().mean() < 1
+    assert all((one - mnist.to_form(seven.float())).abs().mean() > 20 for one in junk)
 
 
 def test_digits_that_stay_digits_are_no_junk(monkeypatch):

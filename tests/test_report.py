@@ -69,6 +69,9 @@ def test_augmentation_is_drawn(small_mnist, folder):
     report.main(["--augmentation", "--data-dir", small_mnist, "--out", "row.png"])
     with Image.open("row.png") as image:
         assert image.width > 900
+    figure = report.draw_augmentation(*mnist.load_mnist(small_mnist)[0])
+    first_of_each_row = [axes for axes in figure.axes if axes.get_subplotspec().is_first_col()]
+    assert [axes.get_ylabel() for axes in first_of_each_row] == ["as it is", "", "augmented", "", "no digit"]
 
 
 def test_missing_weights_are_named(folder):

@@ -104,6 +104,18 @@ def test_training_augments_its_images(digits, monkeypatch):
     assert testing.min() == 0
 
 
+def test_junk_of_each_batch_is_drawn_anew(digits, monkeypatch):
+    batches = []
+    monkeypatch.setattr(
+        mnist, "make_junk", lambda *_: torch.arange(100, dtype=torch.uint8).view(100, 1, 1).expand(-1, 28, 28)
+    )
+    monkeypatch.setattr(mnist, "augment", lambda images, strength: batches.append(images) or images)
+    mnist.fit(mnist.Net(), digits(60), digits(10), epochs=1, batch_size=20, lr=0.01)
+    drawn = torch.stack([images[4:, 0, 0] for images in batches])
+    assert drawn.shape == (3, 16)
+    assert len(drawn.unique()) > 20
+
+
 def test_last_steps_are_calm(digits, monkeypatch):
     strengths = []
     monkeypatch.setattr(mnist, "augment", lambda images, strength: strengths.append(float(strength)) or images)
