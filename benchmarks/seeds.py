@@ -3,7 +3,7 @@
 Usage, in the folder of mnist.py:
     python -m benchmarks.seeds --seeds 40 --out results.json      # the default recipe; run it again to continue
     python -m benchmarks.seeds --seeds 5 --baseline 1             # beside the original recipe, one epoch of it
-    python -m benchmarks.seeds --seeds 5 --validate --set LABEL_SMOOTHING=0
+    python -m benchmarks.seeds --seeds 5 --validate --set BEND=0
     python -m benchmarks.seeds --seeds 40 --shard 3/8 --out shard3.json
     python -m benchmarks.seeds --seeds 40 --join shard*.json      # one table; fails if a seed ends at or below 99.40 %
     python -m benchmarks.seeds --compare before.json after.json   # is there a difference?
@@ -409,7 +409,7 @@ def shard_of(text):
 def override(text):
     name, _, value = text.partition("=")
     if not hasattr(mnist, name):
-        raise argparse.ArgumentTypeError(f"{text!r} names nothing in mnist.py, as LABEL_SMOOTHING=0 does")
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing in mnist.py, as BEND=0 does")
     try:
         compile(value, "--set", "eval")
     except SyntaxError:
