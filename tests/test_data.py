@@ -534,6 +534,16 @@ def test_augmentation_keeps_its_limits(monkeypatch):
     assert farthest(14, 14, BEND=2) == pytest.approx([2, 2], abs=0.1)  # a point of the grid
 
 
+def test_augmentation_goes_either_way(monkeypatch):
+    for name in ("ROTATION", "SCALE", "SHEAR", "BEND", "THICKNESS_SHARE"):
+        monkeypatch.setattr(mnist, name, 0)
+    images = torch.zeros(500, 29, 29)
+    images[:, 14, 14] = 1
+    rows = (mnist.augment(images).sum(dim=2) * torch.arange(29)).sum(dim=1)
+    assert rows.min() < 13
+    assert rows.max() > 15
+
+
 def test_bending_is_smooth(monkeypatch):
     for name in ("ROTATION", "SHIFT", "SCALE", "SHEAR", "THICKNESS_SHARE"):
         monkeypatch.setattr(mnist, name, 0)

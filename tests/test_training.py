@@ -26,10 +26,12 @@ def test_digits_are_learned(small_mnist, device):
 
 
 def test_bfloat16_trains(small_mnist, monkeypatch):
-    precisions, fit = [], mnist.fit
+    precisions, tested, fit, test = [], [], mnist.fit, mnist.test
     monkeypatch.setattr(mnist, "fit", lambda model, *args: precisions.append(model.precision) or fit(model, *args))
+    monkeypatch.setattr(mnist, "test", lambda model, *args: tested.append(model.precision) or test(model, *args))
     results = mnist.main(["--dry-run", "--precision", "bfloat16", "--data-dir", small_mnist])
     assert precisions == [torch.bfloat16]
+    assert tested == [torch.bfloat16, torch.float32]  # the last, which is saved, as the weights will be loaded
     assert results["settings"]["precision"] == "bfloat16"
 
 
