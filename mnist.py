@@ -4,8 +4,7 @@
 # ///
 """Train an 18,242-parameter CNN on MNIST past 99.4 % test accuracy, in about one to two minutes on two CPU cores.
 
-Over n = 40 seeds it ended at 99.57 % on average, 99.45 % at least, before training showed junk (std 0.048; an Intel
-Xeon, bfloat16, torch 2.14.1).
+Over n = 40 seeds it ended at 99.56 % on average, 99.42 % at least (std 0.045; an AMD EPYC, bfloat16, torch 2.14.1).
 
     python mnist.py                        # the default recipe; the weights go to mnist.pt
     python mnist.py --epochs 20 --seed 1
