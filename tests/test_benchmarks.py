@@ -294,6 +294,11 @@ def test_help(main, option, capsys):
     assert option in capsys.readouterr().out
 
 
+def change_of(path):
+    """Return how the results in `path` differ from those of the recipe as it is, in the same folder."""
+    return seeds.compare(*map(seeds.load_results, (path.with_name("as-is.json"), path)))
+
+
 def test_readme_gives_the_results():
     readme = RESULTS.with_name("README.md").read_text(encoding="utf-8")
     paths = [path for path in RESULTS.rglob("*.json") if path.name != "pictures.json"]
@@ -310,7 +315,7 @@ def test_readme_gives_the_results():
             low, loss, error = (summary[name] for name in ("seeds_at_or_below_99.40", "loss", "calibration_error"))
             figures += f" {len(low)} | {loss:.4f} | {error:.2f} % |"
         if path.parent.name != "results" and path.stem != "as-is":
-            change = seeds.compare(*map(seeds.load_results, (path.with_name("as-is.json"), path)))
+            change = change_of(path)
             figures += f" {change['difference']:+.3f} ± {change['error']:.3f} |".replace("-", "\N{MINUS SIGN}")
         assert figures in readme, path.name
 
@@ -340,15 +345,23 @@ def test_readme_gives_the_goals():
     assert f"0.4 % | {default['calibration_error']:.2f} % | {default['n']} |" in readme
 
 
-def test_project_readme_gives_the_results():
+def test_readme_and_script_give_the_results():
     readme = Path(mnist.__file__).with_name("README.md").read_text(encoding="utf-8")
     accuracy = summary_of("default.json")
     mean, std = accuracy["accuracy_mean"], accuracy["accuracy_std"]
-    assert f"| {accuracy['n']} | {mean:.3f} % ± {std:.3f}, min {accuracy['accuracy_min']:.2f} % |" in readme
+    lowest = accuracy["accuracy_min"]
+    assert f"| {accuracy['n']} | {mean:.3f} % ± {std:.3f}, min {lowest:.2f} % |" in readme
+    claim = f"{accuracy['n']} seeds it ended at {mean:.2f} % on average, {lowest:.2f} % at least (std {std:.3f};"
+    assert claim in mnist.__doc__
     for name, row in (("speed.json", "bfloat16"), ("avx2.json", "float32, AVX2 alone")):
         speed = summary_of(name)
         time = f"{speed['process_seconds']:.0f} s, {speed['times_faster']:.1f} times faster"
         assert f"time in {row}, median | {speed['n']} | {time}" in readme
+    parts = set(RESULTS.glob("ablation/*.json")) - {RESULTS / "ablation" / "as-is.json"}
+    assert parts
+    for path in parts:
+        change = change_of(path)
+        assert f"{-change['difference']:.3f} ± {change['error']:.3f}" in readme
 
 
 # --- Pictures ------------------------------------------------------------------------------------------------------
