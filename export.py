@@ -66,7 +66,7 @@ def to_page(model, images, labels):
         },
         "mean": mnist.MEAN,
         "std": mnist.STD,
-        "sure": predict.SURE,
+        "noDigit": predict.NO_DIGIT,
         "accuracy": f"{100 * (1 - len(wrong) / len(labels)):.2f}",
         "digits": [
             {"label": labels[i].item(), "answer": answers[i].item(), "pixels": encode(images[i])} for i in chosen

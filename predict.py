@@ -11,6 +11,7 @@ Usage:
 import argparse
 import glob
 import io
+import itertools
 import json
 import math
 import mimetypes
@@ -28,21 +29,30 @@ import weights
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from pillow_heif import register_heif_opener
 from scipy import ndimage
+from scipy.sparse.csgraph import connected_components
 
 register_heif_opener()
 
-SIDE = 128  # pixels, of a square: a larger picture is first reduced to its area
+SHORT, LONG = 128, 640  # pixels: a picture is first reduced until its sides are no longer
 SMALL = 56  # pixels: a picture with shorter sides is first enlarged
 MIN_SIDE = 8  # pixels: a picture with shorter sides is refused
 MIN_CONTRAST = 8  # levels of grey, of 255, that a picture must span
+SPECK = 0.12  # of the highest stroke's height: what is smaller is no mark
 FAINT, DARK = 0.22, 0.4  # a stroke is what is above FAINT of the level of ink and connected with what is above DARK
-LIKELY = 0.8  # what the likelier polarity is worth, in probability, times how likely it is
-ON_SHEET = 0.5  # what it is worth that the ink is on a sheet
-FAR = 0.5  # a polarity less likely than minus this is not tried
-SURE = 0.9  # below this probability an answer is marked as not sure
+WINDOW = 5  # times as wide as the strokes: what is wider belongs to the background
+NO_DIGIT = 6  # a logit must stand this far above the mean of the ten, or there is likelier no digit
+SLOPES = sorted(np.linspace(-0.2, 0.2, 21), key=abs)  # of ruled lines
+ACROSS, DOWN = 0.65, 0.85  # of a picture's width and height: what covers more is no stroke
+NO_TABLE = 5  # what it costs to read what is on a sheet alone if all around it is light
+GUESS = 0.75  # what each cut through a stroke costs, and reading without lines, in log-probability
+LEFT_OUT = 8  # what ink costs that is in no digit, if it is as large as a digit
+JOINED = 4  # what two parts side by side cost in one digit, if they are as high as a digit
+AT_EDGE = 0.5  # what a digit costs that touches an edge of the picture
+LOW, WIDE = 3, 2  # what a digit costs that is low for its line, or wide for its height
+WIDEST, MOST_PARTS = 1.6, 8  # a digit's width in heights of the line, and in parts
 EIGHT = np.ones((3, 3))  # neighbours of a pixel: the diagonal ones too
 MAX_BYTES = 2**28  # of standard input, which may never end
 SHEET = Path("seen.png")  # what --show writes
@@ -56,9 +66,8 @@ def stretch(values):
 
 
 def to_grey(image):
-    """Return a PIL image of any mode in grey (mode L or F, 0 to 255), upright, with at most the area of SIDE x SIDE."""
-    image = ImageOps.exif_transpose(image)
-    scale = SIDE / math.sqrt(image.width * image.height)
+    """Return a PIL image of any mode in grey (mode L or F, 0 to 255), its sides at most SHORT and LONG."""
+    scale = min(SHORT / min(image.size), LONG / max(image.size))
     size = [max(1, round(side * scale)) for side in image.size]
     if image.mode[0] in "IF":  # 16 or 32 bits: only the picture can tell their range
         values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
@@ -72,7 +81,7 @@ def to_grey(image):
             image = image.getchannel("A")  # all of one colour: the drawing is what is opaque
         else:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode not in ("L", "F"):
+    if image.mode != "F":
         image = image.convert("RGB").convert("L")
     if image.getextrema() == (0, 1):  # a mask, whose 1 means white
         image = image.point(lambda value: 255 * value)
@@ -115,19 +124,32 @@ def flatten(grey, part):
     return np.where(part, grey, np.median(grey[part]))
 
 
+def between(light):
+    """Return which pixels (H, W) have light ones on the left and on the right."""
+    return np.logical_or.accumulate(light, axis=1) & np.logical_or.accumulate(light[:, ::-1], axis=1)[:, ::-1]
+
+
 def find_sheet(light):
     """Find a light sheet with little ink on something dark, given which pixels (H, W) of a picture are light.
 
-    Returns which pixels are on it, or None if there is none of more than half the picture's width and height.
+    Returns which pixels are on it, and which share of the others is light; None if there is no sheet of more than half
+    the picture's width and height.
     """
     labels, _ = ndimage.label(light)
-    light = labels == np.bincount(labels.ravel())[1:].argmax() + 1
-    box = bounding_box(light)
+    largest = labels == np.bincount(labels.ravel())[1:].argmax() + 1
+    box = bounding_box(largest)
     large = all(2 * (part.stop - part.start) > side for part, side in zip(box, light.shape, strict=True))
-    if not large or light[box].mean() < 0.8 or light.mean() > 0.8 or border(light).mean() > 0.3:
+    sheet = between(largest) | between(largest.T).T
+    inside = ndimage.minimum_filter(sheet, 5)  # less its edge
+    if not large or largest[box].mean() < 0.8 or sheet.all() or not inside.any():
         return None
-    sheet = ndimage.minimum_filter(ndimage.binary_fill_holes(light), 5)  # less its edge
-    return sheet if sheet.any() else None
+    return inside, light[~sheet].mean()
+
+
+def subtract_background(grey, window):
+    """Return how far each pixel of a picture (H, W) is above the background, which is wider than the window."""
+    grey = grey - ndimage.grey_opening(ndimage.uniform_filter(grey, 3), size=(window, window))
+    return grey - np.median(grey[grey <= otsu(grey)])
 
 
 def find_ink(grey):
@@ -138,18 +160,38 @@ def find_ink(grey):
     """
     if np.ptp(grey) < MIN_CONTRAST:
         return None
-    # The background is what an opening leaves with a window too large for any stroke to fill.
-    side = max(grey.shape)
-    smooth = ndimage.uniform_filter(grey, max(1, side // 40))
-    grey = grey - ndimage.grey_opening(smooth, size=(side // 2, side // 2))
-    ink = grey - np.median(grey[grey <= otsu(grey)])
-    smooth = ndimage.uniform_filter(ink, 3)
-    level = np.median(smooth[smooth >= smooth.max() / 2])
-    noise = 1.5 * np.median(np.abs(ink - smooth))  # the standard deviation, if it is normal
-    if level < max(MIN_CONTRAST, 4 * noise):
-        return None
+    window = max(grey.shape) // 2
+    for _ in range(2):  # then with a window that follows the thickness of the strokes
+        ink = subtract_background(grey, window)
+        smooth = ndimage.uniform_filter(ink, 3)
+        level = np.median(smooth[smooth >= smooth.max() / 2])
+        noise = 1.5 * np.median(np.abs(ink - smooth))  # the standard deviation, if it is normal
+        if level < max(MIN_CONTRAST, 4 * noise):
+            return None
+        strokes = smooth > FAINT * level
+        outline = strokes & ~ndimage.binary_erosion(strokes)
+        window = min(window, round(WINDOW * 2 * strokes.sum() / outline.sum()))
     floor = max(0.1 * level, 2 * noise)
-    return ((ink - floor) / (level - floor)).clip(0, 1), smooth > FAINT * level
+    return ((ink - floor) / (level - floor)).clip(0, 1), strokes
+
+
+def views(grey):
+    """Yield (cost, picture with light ink (H, W)) for each way to find it in one: on all of it, or on a sheet."""
+    flat = flatten(grey, np.ones_like(grey, dtype=bool))
+    if np.ptp(flat) < MIN_CONTRAST:
+        return
+    light = flat > otsu(flat)
+    polarities = ((-1, light), (1, ~light))  # dark ink, then light ink
+    for polarity, on in polarities:
+        if on.mean() + border(on).mean() > 0.6:  # it may be the background
+            yield 0, polarity * flat
+    for polarity, on in polarities:
+        if (sheet := find_sheet(on)) is not None:
+            inside, light_share = sheet
+            yield NO_TABLE * light_share, polarity * flatten(grey, inside)
+
+
+# --- Ink as lines of parts -----------------------------------------------------------------------------------------
 
 
 def opened(strokes, size):
@@ -157,30 +199,104 @@ def opened(strokes, size):
     return ndimage.grey_opening(strokes, size=size, mode="constant")
 
 
-def remove_surroundings(strokes):
-    """Remove what runs along the edge and straight thin lines across most of a picture; crossing strokes stay.
+def shear(strokes, slope):
+    """Shift each column of strokes (H, W) up by `slope` times its distance from the middle."""
+    height, width = strokes.shape
+    x, y = np.arange(width), np.arange(height)[:, None]
+    y = y + np.round(slope * (x - width / 2)).astype(int)
+    return strokes[y.clip(0, height - 1), x] & (y >= 0) & (y < height)
 
-    Returns the strokes (H, W) that remain, and the number of lines.
+
+def remove_lines(strokes):
+    """Remove thin lines across or down most of a picture (H, W), straight or a little tilted; crossing strokes stay."""
+    for share in (ACROSS, DOWN):
+        slope = max(SLOPES, key=lambda slope: ndimage.uniform_filter1d(shear(strokes, slope).sum(1), 3).max())
+        level = shear(strokes, slope)
+        rows, _ = ndimage.label(ndimage.maximum_filter1d(level.sum(1) > share * level.shape[1], 3))
+        line = np.zeros_like(level)
+        for (place,) in ndimage.find_objects(rows):
+            thickness = place.stop - place.start
+            if thickness <= max(level.shape) / 8:
+                line[place] = (level & ~opened(level, (thickness + 3, 1)))[place]
+        strokes = (strokes & ~shear(line, -slope)).T
+    return strokes
+
+
+def cuts(part, highest):
+    """Return the columns at which to try a cut through a part (H, W) of the strokes: where it is lowest.
+
+    They are farther apart than specks are large, given the height of the highest part.
     """
-    lines = 0
-    for _ in range(2):  # the lines across, then those down
-        along = opened(strokes, (1, int(0.7 * strokes.shape[1])))
-        labels, _ = ndimage.label(along, EIGHT)
-        for label, place in enumerate(ndimage.find_objects(labels), 1):
-            thickness = place[0].stop - place[0].start
-            if thickness <= max(strokes.shape) / 8:
-                lines += 1
-                crossing = opened(strokes, (thickness + 3, 1))
-                strokes = strokes & (crossing | (labels != label))
-        strokes = strokes.T
-    labels, count = ndimage.label(strokes, EIGHT)
-    edge = border(labels)
-    # No stroke runs along most of an edge of the picture, but a shadow or the edge of a table does.
-    at_edge = np.bincount(edge, minlength=count + 1) > 0.15 * len(edge)
-    return strokes & ~at_edge[labels], lines
+    height, width = part.shape
+    if width <= height / 2:
+        return []
+    reach = max(2, round(SPECK * highest))
+    tall = height - part.argmax(0) - part[::-1].argmax(0)
+    smooth = ndimage.uniform_filter1d(tall.astype(float), 3)
+    valleys, _ = ndimage.label(smooth == ndimage.minimum_filter1d(smooth, 2 * reach + 1))
+    columns = [(valley.start + valley.stop) // 2 for (valley,) in ndimage.find_objects(valleys)]
+    return [x for x in columns if reach < x < width - reach and tall[x] < 0.7 * height]
 
 
-# --- Ink as digits -------------------------------------------------------------------------------------------------
+def to_box(place):
+    """Return (left, top, right, bottom) of two slices, of rows and columns."""
+    y, x = place
+    return x.start, y.start, x.stop, y.stop
+
+
+class Part(typing.NamedTuple):
+    """A connected part of the strokes, or a piece of one that may be cut off."""
+
+    label: int  # of its pixels
+    whole: int  # the same for all pieces of one
+    box: tuple  # left, top, right, bottom
+
+
+def text_lines(boxes):
+    """Return the indices of the boxes (N, 4) on each line of text, from top to bottom."""
+    left, top, right, bottom = boxes.T
+    width, height = right - left, bottom - top
+    across = np.minimum.outer(right, right) - np.maximum.outer(left, left)  # by how much they overlap
+    down = np.minimum.outer(bottom, bottom) - np.maximum.outer(top, top)
+    # A box is on the line of the nearest one to its right at the same height, and of those that it is stacked with.
+    follows = (2 * down >= np.minimum.outer(height, height)) & np.less.outer(left + right, left + right)
+    nearest = np.where(follows, across, -np.inf)
+    follows &= nearest == nearest.max(axis=1, keepdims=True)
+    stacked = (2 * across >= np.minimum.outer(width, width)) & (down >= -0.1 * np.maximum.outer(height, height))
+    count, line = connected_components(follows | stacked, directed=False)
+    # A line much lower than the highest holds marks, which belong to the nearest digits.
+    marks = ndimage.maximum(height, line, range(count))[line] < 0.35 * height.max()
+    distance = np.hypot(across.clip(max=0), down.clip(max=0))
+    distance[:, marks] = np.inf
+    line = np.where(marks, line[distance.argmin(axis=1)], line)
+    return sorted((np.flatnonzero(line == k) for k in set(line)), key=lambda line: np.median((top + bottom)[line]))
+
+
+def find_parts(strokes, ink, single):
+    """Divide strokes (H, W) into parts.
+
+    Returns their labels (H, W), and the lines of text from top to bottom: each a list of Part from left to right.
+    """
+    wholes, count = ndimage.label(strokes, EIGHT)
+    dark = np.isin(range(count + 1), wholes[ndimage.uniform_filter(ink, 3) > DARK])
+    heights = [0, *(y.stop - y.start for y, _ in ndimage.find_objects(wholes))]
+    widths = [0, *(x.stop - x.start for _, x in ndimage.find_objects(wholes))]
+    kept = (dark & (np.maximum(heights, widths) >= SPECK * max(heights)))[wholes]
+    wholes = kept.astype(int) if single else ndimage.label(kept, EIGHT)[0]
+    labels, owners = np.zeros_like(wholes), []
+    for i, place in enumerate(ndimage.find_objects(wholes)):
+        whole = wholes[place] == i + 1
+        columns = [] if single else cuts(whole, max(heights))
+        labels[place] += whole * (len(owners) + 1 + np.searchsorted(columns, range(whole.shape[1]), side="right"))
+        owners += [i] * (len(columns) + 1)
+    boxes = map(to_box, ndimage.find_objects(labels))
+    parts = [Part(label, *pair) for label, pair in enumerate(zip(owners, boxes, strict=True), 1)]
+    parts.sort(key=lambda part: part.box[0] + part.box[2])
+    lines = text_lines(np.array([to_box(place) for place in ndimage.find_objects(wholes)])) if parts else []
+    return labels, [[part for part in parts if part.whole in line] for line in lines]
+
+
+# --- Parts as digits -----------------------------------------------------------------------------------------------
 
 
 def to_form(ink):
@@ -198,103 +314,117 @@ def to_form(ink):
     return torch.from_numpy(digit)
 
 
-def separate(ink, strokes, single):
-    """Return (place, pixels) for each digit in find_ink()'s result, from left to right: two slices, uint8 (28, 28)."""
-    labels, count = ndimage.label(strokes, EIGHT)
-    kept = np.isin(np.arange(1, count + 1), labels[ndimage.uniform_filter(ink, 3) > DARK])
-    # Parts one above the other are one digit, such as a 5 and its bar, even if they reach a little farther.
-    spans = [across for _, across in ndimage.find_objects(labels)]
-    columns = np.full(ink.shape[1], single)
-    for span, keep in zip(spans, kept, strict=True):
-        inset = round(0.15 * (span.stop - span.start))
-        columns[span.start + inset : span.stop - inset] |= keep
-    groups, _ = ndimage.label(columns)
-    number = [groups[(span.start + span.stop) // 2] * keep for span, keep in zip(spans, kept, strict=True)]
-    labels = np.array([0, *number])[labels]
-    places = ndimage.find_objects(labels)
-    # A digit is nearly as high as the others, and not as light as a dot.
-    mass = ndimage.sum_labels(ink, labels, range(1, len(places) + 1))
-    heights = np.array([rows.stop - rows.start for rows, _ in places])
-    whole = (heights >= 0.45 * heights.max(initial=0)) & (mass >= 0.08 * mass.max(initial=0))
-    return [
-        (places[i], to_form(ink * ndimage.maximum_filter(labels == i + 1, 3))) for i in np.flatnonzero(whole).tolist()
-    ]
-
-
-def views(grey):
-    """Yield (head start in probability, picture with light ink) for each way to find the ink in one (H, W)."""
-    flat = flatten(grey, np.ones_like(grey, dtype=bool))
-    if np.ptp(flat) < MIN_CONTRAST:
-        return
-    # The background is likely the larger of two classes of pixels, and the one along the border and in the corners.
-    light = flat > otsu(flat)
-    corners = light[[0, 0, -1, -1], [0, -1, 0, -1]]
-    light_background = (light.mean() + border(light).mean() + corners.mean()) / 1.5 - 1  # from -1, surely not, to 1
-    light_sheet, dark_sheet = find_sheet(light), find_sheet(~light)
-    for polarity, likely, on, itself in (
-        (-1, light_background, light_sheet, dark_sheet),
-        (1, -light_background, dark_sheet, light_sheet),
-    ):
-        if likely > -FAR:
-            yield (LIKELY * max(0, likely) if itself is None else 0), polarity * flat
-        if on is not None:
-            yield ON_SHEET, polarity * flatten(grey, on)
-
-
-def readings(grey, single):
-    """Return the ways to read a picture (H, W): for each, its head start in probability and separate()'s digits."""
-    ways = []
-    for head, view in views(grey):
-        if (found := find_ink(view)) is None:
-            continue
-        ink, strokes = found
-        rest, lines = remove_surroundings(strokes)
-        ways.append((head, separate(ink, strokes, single)))
-        if (rest != strokes).any():
-            digits = separate(np.where(strokes & ~rest, 0, ink), rest, single)
-            height, width = ink.shape
-            inside = all(y.start and x.start and y.stop < height and x.stop < width for (y, x), _ in digits)
-            # One or two lines may be a digit's, unless with them all is gone that touched the edge.
-            surroundings = lines > 2 or (border(strokes).any() and inside)
-            ways.append((head + (0.3 if surroundings else -0.1), digits))
-    return [(head, digits) for head, digits in ways if digits]
-
-
 class Digit(typing.NamedTuple):
     box: list  # left, top, right and bottom in pixels of the upright picture
     pixels: torch.Tensor  # as the network saw it: uint8 (28, 28)
-    probabilities: torch.Tensor  # float32 (10,)
+    probabilities: torch.Tensor  # float32 (10,): what they lack to 1 is the probability that it is no digit
+
+
+def classify(model, digits):
+    """Return the probabilities (N, 10) of images (N, 28, 28), beside which each may also be no digit."""
+    logits = mnist.classify(model, torch.stack(digits))
+    return torch.cat([logits, logits.mean(dim=1, keepdim=True) + NO_DIGIT], dim=1).softmax(dim=1)[:, :10]
+
+
+def runs_of(parts, labels, ink, height):
+    """Yield (start, stop, box, digit (28, 28)) for each run of a line's parts that may be one, given its height."""
+    boxes = np.array([part.box for part in parts])
+    for start in range(len(parts)):
+        for stop in range(start + 1, min(len(parts), start + MOST_PARTS) + 1):
+            left, top = boxes[start:stop, :2].min(axis=0).tolist()
+            right, bottom = boxes[start:stop, 2:].max(axis=0).tolist()
+            if stop - start > 1 and right - left > WIDEST * max(height, bottom - top):
+                continue
+            place = slice(max(0, top - 1), bottom + 1), slice(max(0, left - 1), right + 1)
+            own = np.isin(labels[place], [part.label for part in parts[start:stop]])
+            digit = ink[place] * ndimage.maximum_filter(own, 3)
+            if digit.any():
+                yield start, stop, (left, top, right, bottom), to_form(digit)
+
+
+def read_line(model, ink, labels, parts):
+    """Divide a line's parts into digits in the likeliest way (LeCun et al., 1998, sections V and VI).
+
+    Returns the log-probability of that, less its costs; a list of Digit; and whether nothing was cut or left out.
+    """
+    boxes = np.array([part.box for part in parts])
+    widths, heights = (boxes[:, 2:] - boxes[:, :2]).T
+    height = np.median(heights[2 * heights >= heights.max()])  # of a digit
+    cut = np.array([one.whole == other.whole for one, other in itertools.pairwise(parts)], dtype=bool)
+    beside = 2 * (boxes[:-1, 2] - boxes[1:, 0]) <= np.minimum(widths[:-1], widths[1:])
+    joined = JOINED * (beside & ~cut) * np.minimum(heights[:-1], heights[1:]).clip(max=height) / height
+    sizes = (np.maximum(widths, heights) / height).clip(max=1)
+    ways = [(i, i + 1, -LEFT_OUT * size, [], False) for i, size in enumerate(sizes)]
+    runs = list(runs_of(parts, labels, ink, height))
+    table = classify(model, [digit for *_, digit in runs]) if runs else []
+    for (start, stop, box, digit), probabilities in zip(runs, table, strict=True):
+        left, top, right, bottom = box
+        at_edge = left == 0 or top == 0 or right == ink.shape[1] or bottom == ink.shape[0]
+        low, wide = 0.6 - (bottom - top) / height, (right - left) / (bottom - top) - 1
+        join = joined[start : stop - 1].sum()
+        cost = AT_EDGE * at_edge + LOW * max(0, low) + WIDE * max(0, wide) + join
+        found = [Digit(box, digit, probabilities)]
+        ways.append((start, stop, probabilities.max().log().item() - cost, found, join == 0 or at_edge))
+    best = [(0, [], True)] + len(parts) * [(-math.inf, [], False)]  # for each part, the best way to its left
+    for start, stop, score, found, whole in sorted(ways, key=lambda way: way[1]):
+        total, before, whole_before = best[start]
+        is_cut = start > 0 and cut[start - 1]
+        total += score - GUESS * is_cut
+        if total > best[stop][0]:
+            best[stop] = total, before + found, whole_before and whole and not is_cut
+    return best[-1]
+
+
+def read_strokes(model, ink, strokes, single, cost):
+    """Return (score less the cost, lines of Digit, whether nothing is cut or left out) of ink and strokes (H, W)."""
+    labels, lines = find_parts(strokes, ink, single)
+    results = [read_line(model, ink, labels, parts) for parts in lines]
+    digits = [digits for _, digits, _ in results if digits]
+    score = sum(score for score, _, _ in results) if digits else -math.inf
+    return score - cost, digits, all(whole for _, _, whole in results)
+
+
+def best_reading(model, grey, single):
+    """Return read_strokes()'s result for the likeliest way to find ink in a picture (H, W)."""
+    best = (-math.inf, [], False)
+    for cost, view in views(grey):
+        # What costs something scores no higher than that, however sure the network is.
+        if best[0] >= -cost or (found := find_ink(view)) is None:
+            continue
+        ink, strokes = found
+        best = max(best, read_strokes(model, ink, strokes, single, cost), key=lambda reading: reading[0])
+        if best[0] < -cost - GUESS and ((rest := remove_lines(strokes)) != strokes).any():
+            ink = np.where(strokes & ~rest, 0, ink)
+            best = max(best, read_strokes(model, ink, rest, single, cost + GUESS), key=lambda reading: reading[0])
+    return best
 
 
 def read(model, image, single=False):
-    """Return the digits on a PIL image from left to right, as a list of Digit; one alone if `single`.
+    """Read the digits on a PIL image, or one alone if `single`.
 
-    Ink and background can be told apart in several ways. All go through the network, and the one whose mean probability
-    and head start add up to most counts. An image in MNIST's form goes there with nothing but its range changed, if
-    that is not 0 to 255. Raises UserError if there is no ink.
+    Returns the lines from top to bottom, each a list of Digit from left to right, and whether the answer is sure. Ink
+    and background can be told apart in several ways, and strokes be divided into digits in several. All go through the
+    network, and what it finds likeliest counts. An image in MNIST's form goes there with nothing but its range
+    changed, if that is not 0 to 255. Raises UserError if there is no digit.
     """
     if max(image.size) < MIN_SIDE:
         raise mnist.UserError(f"it has only {image.width} x {image.height} pixels")
+    image = ImageOps.exif_transpose(image)
     grey = to_grey(image)
     if is_mnist(pixels := np.array(grey)):
         pixels = np.round(pixels if pixels.max() >= 254 else stretch(pixels))  # MNIST's own reach 254 or 255
-        ways = [(0, [(bounding_box(pixels), torch.from_numpy(pixels).byte())])]
+        digit = torch.from_numpy(pixels).byte()
+        lines, whole = [[Digit(to_box(bounding_box(pixels)), digit, classify(model, [digit])[0])]], True
     else:
         times = math.ceil(SMALL / max(grey.size))
         grey = grey.resize((times * grey.width, times * grey.height), Image.Resampling.BICUBIC)
-        ways = readings(np.asarray(grey, dtype=np.float32), single)
-    if not ways:
+        _, lines, whole = best_reading(model, np.asarray(grey, dtype=np.float32), single)
+    if not lines:
         raise mnist.UserError("there is nothing to be seen on it")
-    logits = mnist.classify(model, torch.stack([pixels for _, digits in ways for _, pixels in digits]))
-    tables = logits.softmax(dim=1).split([len(digits) for _, digits in ways])
-    scores = [head + table.amax(dim=1).mean().item() for (head, _), table in zip(ways, tables, strict=True)]
-    best = max(range(len(ways)), key=scores.__getitem__)
-    size = image.size[::-1] if image.getexif().get(ExifTags.Base.Orientation, 1) > 4 else image.size
-    scale = np.tile(np.divide(size, grey.size), 2)
-    return [
-        Digit((scale * (x.start, y.start, x.stop, y.stop)).round().astype(int).tolist(), pixels, probabilities)
-        for ((y, x), pixels), probabilities in zip(ways[best][1], tables[best], strict=True)
-    ]
+    scale = np.tile(np.divide(image.size, grey.size), 2)
+    lines = [[digit._replace(box=(scale * digit.box).round().astype(int).tolist()) for digit in line] for line in lines]
+    likely = [digit.probabilities.max() > 1 - digit.probabilities.sum() for line in lines for digit in line]
+    return lines, whole and all(likely)
 
 
 # --- Reading and answering -----------------------------------------------------------------------------------------
@@ -318,7 +448,7 @@ def read_picture(name):
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise mnist.UserError(f"it holds {image.n_frames} pictures: save one of them on its own")
             width = image.width
-            image.draft("L", (SIDE, SIDE))  # saves decoding a JPEG at full size
+            image.draft("L", (LONG, LONG))  # saves decoding a JPEG at full size
             image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise mnist.UserError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
@@ -334,19 +464,34 @@ def read_picture(name):
     return image, width / image.width
 
 
-def write_sheet(rows, path):
-    """Write a PNG file with a row for each (picture, digits as the network saw them (28, 28 n), caption)."""
+def to_row(image, lines, caption):
+    """Return a row for write_sheet(): a PIL image with a box around each digit, what the network saw, the caption."""
     side, gap = 224, 16
-    sheet = Image.new("RGB", (2 * side + 3 * gap, gap + len(rows) * (side + 3 * gap)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for row, (picture, digits, caption) in enumerate(rows):
-        top = gap + row * (side + 3 * gap)
-        sheet.paste(ImageOps.pad(picture, (side, side), color="lightgrey"), (gap, top))
-        seen = ImageOps.pad(Image.fromarray(digits.numpy()), (side, side), Image.Resampling.NEAREST, "lightgrey")
-        sheet.paste(seen, (2 * gap + side, top))
-        while draw.textlength(caption, font) > 2 * side + gap:
-            caption = "…" + caption[2:]
-        draw.text((gap, top + side + 4), caption, "black", font)
+    image = ImageOps.exif_transpose(image)
+    picture = ImageOps.contain(to_grey(image).convert("RGB"), (side, side))
+    for digit in itertools.chain(*lines):
+        box = [picture.width / image.width * edge for edge in digit.box]
+        ImageDraw.Draw(picture).rectangle(box, outline="red")
+    seen = torch.zeros(28 * max(1, len(lines)), 28 * max(map(len, lines), default=1), dtype=torch.uint8)
+    for y, line in enumerate(lines):
+        for x, digit in enumerate(line):
+            seen[28 * y : 28 * y + 28, 28 * x : 28 * x + 28] = digit.pixels
+    seen = ImageOps.contain(Image.fromarray(seen.numpy()), (side, side), Image.Resampling.NEAREST)
+    row = Image.new("RGB", (2 * side + 3 * gap, side + 3 * gap), "white")
+    for left, part in ((gap, picture), (2 * gap + side, seen)):
+        row.paste(ImageOps.pad(part, (side, side), color="lightgrey"), (left, gap))
+    draw, font = ImageDraw.Draw(row), ImageFont.load_default(16)
+    while draw.textlength(caption, font) > 2 * side + gap:
+        caption = caption[:-2] + "…"
+    draw.text((gap, side + gap + 4), caption, "black", font)
+    return row
+
+
+def write_sheet(rows, path):
+    """Write a PNG file of to_row()'s rows."""
+    sheet = Image.new("RGB", (rows[0].width, len(rows) * rows[0].height))
+    for i, row in enumerate(rows):
+        sheet.paste(row, (0, i * row.height))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     mnist.write(buffer.getvalue(), path)
@@ -372,21 +517,23 @@ def parse_args(argv):
     return args
 
 
-def as_result(name, digits, scale):
-    """Return what --json prints of a picture's digits, whose boxes are to be enlarged by `scale`."""
-    each = [
+def as_result(name, lines, sure, scale):
+    """Return what --json prints of a picture's lines, whose boxes are to be enlarged by `scale`."""
+    digits = [
         {
             "digit": digit.probabilities.argmax().item(),
             "probability": digit.probabilities.max().item(),
+            "line": number,
             "box": [round(side * scale) for side in digit.box],
             "probabilities": digit.probabilities.tolist(),
         }
-        for digit in digits
+        for number, line in enumerate(lines)
+        for digit in line
     ]
-    result = {"picture": name, "number": "".join(str(digit["digit"]) for digit in each), "digits": each}
-    result["sure"] = all(digit["probability"] >= SURE for digit in each)
-    if len(each) == 1:
-        result |= {"digit": each[0]["digit"], "probabilities": each[0]["probabilities"]}
+    number = " ".join("".join(str(digit.probabilities.argmax().item()) for digit in line) for line in lines)
+    result = {"picture": name, "number": number, "digits": digits, "sure": sure}
+    if len(digits) == 1:
+        result |= {"digit": digits[0]["digit"], "probabilities": digits[0]["probabilities"]}
     return result
 
 
@@ -413,16 +560,15 @@ def main(argv):
     for name in args.pictures:
         try:
             image, scale = read_picture(name)
-            digits = read(model, image, args.single)
+            lines, sure = read(model, image, args.single)
         except mnist.UserError as error:
             print(f"predict.py: error: {name}: {error}", file=sys.stderr)
             continue
-        result = as_result(name, digits, scale)
+        result = as_result(name, lines, sure, scale)
         results.append(result)
         print(json.dumps(result) if args.json else as_text(result))
         if args.show:
-            seen = torch.cat([digit.pixels for digit in digits], dim=1)
-            rows.append((to_grey(image).convert("L"), seen, as_text(result)))
+            rows.append(to_row(image, lines, as_text(result)))
     if rows:
         write_sheet(rows, SHEET)
     if len(results) < len(args.pictures):
