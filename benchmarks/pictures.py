@@ -1,9 +1,12 @@
-"""Measure predict.py on pictures such as people have, made from MNIST's test digits, or on your own.
+"""Measure predict.py on pictures such as people have, made from MNIST's test digits, on data sets or your own.
 
 Usage, in the folder of mnist.py:
     python -m benchmarks.pictures                   # a Markdown table: the accuracy on each kind of picture
     python -m benchmarks.pictures --images 10000 --out pictures.json
-    python -m benchmarks.pictures FOLDER            # on the pictures in FOLDER; mistakes.png shows the mistakes
+    python -m benchmarks.pictures FOLDER            # on the pictures in FOLDER
+    python -m benchmarks.pictures --dataset USPS    # on another data set's test digits; torchvision downloads it
+
+mistakes.png shows the mistakes beside what the network saw.
 
 FOLDER holds labels.tsv, a table with the columns picture and label and perhaps kind, separated by tabs; or a folder of
 pictures for each label: 0, 1, ..., 9. In the table, a picture without a digit has an empty label; it is read right if
@@ -23,11 +26,18 @@ import weights
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from sklearn.datasets import load_digits
 
 TEST_SIZE = 10_000
-SHEET = Path("mistakes.png")  # what FOLDER writes
+DATA_SETS = {  # how torchvision.datasets loads their test digits
+    "EMNIST": {"train": False, "split": "digits"},
+    "QMNIST": {"train": False},
+    "SVHN": {"split": "test"},
+    "USPS": {"train": False},
+}
+SHEET = Path("mistakes.png")
 MOST = 100  # mistakes on it
 
 # --- Kinds of pictures: each function turns an image of mode L into another ---------------------------------------
@@ -251,6 +261,21 @@ def labelled(folder):
         yield kind, *zip(*pairs, strict=True)
 
 
+def load_dataset(name):
+    """Yield the test digits of one of DATA_SETS as made_up() does.
+
+    Raises UserError if they are not in the data folder and cannot be downloaded.
+    """
+    try:
+        digits = getattr(torchvision.datasets, name)(mnist.DATA_DIR, download=True, **DATA_SETS[name])
+    except (OSError, RuntimeError) as error:
+        raise mnist.UserError(f"{name} is not in {mnist.DATA_DIR} and cannot be downloaded: {error}") from error
+    pictures, labels = zip(*digits, strict=True)
+    if name == "EMNIST":  # it has rows for columns
+        pictures = [picture.transpose(Image.Transpose.TRANSPOSE) for picture in pictures]
+    yield name, pictures, [str(int(label)) for label in labels]
+
+
 def invert_and_resize(image):
     """Return what the usual two lines make of a picture: uint8 (28, 28)."""
     return torch.from_numpy(np.array(ImageOps.invert(image.convert("L")).resize((28, 28))))
@@ -259,26 +284,26 @@ def invert_and_resize(image):
 def measure(model, pictures, labels):
     """Read PIL images, or files of pictures, and compare the answers with the labels.
 
-    Returns shares of the pictures in %, and a row for predict.write_sheet() of each mistake. The share that is right
-    if merely inverted and resized is None where a label is not one digit.
+    Returns shares of the pictures in %, and predict.to_row() of each mistake. The share that is right if merely
+    inverted and resized is None where a label is not one digit.
     """
     right, sure, plain, mistakes = [], [], [], []
     for picture, label in zip(pictures, labels, strict=True):
-        image, seen, result = Image.new("L", (28, 28)), torch.zeros(28, 28, dtype=torch.uint8), None
+        image, lines, result = Image.new("L", (28, 28)), [], None
         try:
             image = predict.read_picture(picture)[0] if isinstance(picture, Path) else picture
-            digits = predict.read(model, image)
-            seen = torch.cat([digit.pixels for digit in digits], dim=1)
-            result = predict.as_result("", digits, 1)
+            lines, certain = predict.read(model, image)
+            result = predict.as_result("", lines, certain, 1)
             caption = predict.as_text(result)
         except mnist.UserError as error:
             caption = f": {error}"
         sure.append(result is not None and result["sure"])
-        right.append(result is not None and result["number"] == label if label else not sure[-1])
+        answer = result and result["number"].replace(" ", "")
+        right.append(answer == label.replace(" ", "") if label else not sure[-1])
         plain.append(str(mnist.classify(model, invert_and_resize(image)[None]).argmax().item()) == label)
         if not right[-1]:
-            name = picture if isinstance(picture, Path) else ""
-            mistakes.append((predict.to_grey(image).convert("L"), seen, f"{name} is {label or 'no digit'}{caption}"))
+            name = picture.name if isinstance(picture, Path) else "it"
+            mistakes.append(predict.to_row(image, lines, f"{name} is {label or 'no digit'}{caption}"))
     right, sure = np.array(right), np.array(sure)
     shares = {"predict": right, "not sure": ~sure, "wrong, but sure": sure & ~right, "plain": plain}
     shares = {name: 100 * np.mean(values).item() for name, values in shares.items()}
@@ -293,7 +318,9 @@ def main(argv=()):
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.pictures", description="Measure predict.py on pictures of many kinds."
     )
-    parser.add_argument("folder", nargs="?", type=Path, help="of labelled pictures (default: pictures made from MNIST)")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("folder", nargs="?", type=Path, help="of labelled pictures (default: pictures made from MNIST)")
+    one.add_argument("--dataset", choices=DATA_SETS, help="of torchvision.datasets: its test digits")
     parser.add_argument("--images", type=count, default=1000, help="of the test set (default: %(default)s)")
     parser.add_argument("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
     parser.add_argument("--out", type=mnist.writable, metavar="PATH", help="also write the figures here, as JSON")
@@ -307,7 +334,11 @@ def main(argv=()):
         shares = ["" if share is None else f"{share:.1f}" for share in results[kind].values()]
         print(f"| {kind} | {count} | {' | '.join(shares)} |")
 
-    for kind, pictures, labels in labelled(args.folder) if args.folder else made_up(args.images):
+    if args.folder:
+        source = labelled(args.folder)
+    else:
+        source = load_dataset(args.dataset) if args.dataset else made_up(args.images)
+    for kind, pictures, labels in source:
         results[kind], more = measure(model, pictures, labels)
         mistakes += more
         counts.append(len(labels))
@@ -319,7 +350,7 @@ def main(argv=()):
             for name, column in columns.items()
         }
         report("all", sum(counts))
-    if args.folder and mistakes:
+    if mistakes:
         predict.write_sheet(mistakes[:MOST], SHEET)
         print(f"\n{min(len(mistakes), MOST)} of {len(mistakes)} mistakes are shown in {SHEET}.")
     if args.out:

@@ -1,5 +1,6 @@
 """The benchmarks: a few real processes, and what is made of made-up runs."""
 
+import bz2
 import json
 import os
 import re
@@ -10,9 +11,10 @@ import mnist
 import predict
 from benchmarks import pictures, seeds
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import stats
 
 ROOT = Path(mnist.__file__).parent
@@ -406,7 +408,7 @@ def test_own_pictures_without_a_digit(own_pictures, folder, monkeypatch):
     assert results["all"]["wrong, but sure"] == pytest.approx(200 / 3)  # c.png cannot be read: no answer
     assert results["all"]["predict"] == pytest.approx(100 / 3)
     assert results["all"]["plain"] is None
-    monkeypatch.setattr(predict, "SURE", 1.1)
+    monkeypatch.setattr(predict, "NO_DIGIT", 99)
     results = pictures.main([str(own_pictures), "--model", str(ROOT / "pretrained.pt")])
     assert results["all"] == {"predict": 100, "not sure": 100, "wrong, but sure": 0, "plain": None}
 
@@ -427,6 +429,44 @@ def test_folder_without_labels_is_named(table, own_pictures, folder):
         pictures.main([str(own_pictures)])
 
 
+@pytest.fixture
+def usps(folder, monkeypatch):
+    """A data folder with two sevens as USPS stores its test digits, of which one is labelled as a 1."""
+    seven = ImageOps.invert(Image.open(ROOT / "assets" / "seven.png").convert("L")).resize((16, 16))
+    values = " ".join(f"{i}:{value / 127.5 - 1:.4f}" for i, value in enumerate(np.asarray(seven).ravel(), 1))
+    Path("usps.t.bz2").write_bytes(bz2.compress(f"8 {values}\n2 {values}\n".encode()))  # labels begin at 1
+    monkeypatch.setattr(mnist, "DATA_DIR", Path())
+
+
+def test_other_data_set(usps, capsys):
+    results = pictures.main(["--dataset", "USPS", "--model", str(ROOT / "pretrained.pt")])
+    assert results["USPS"] == results["USPS"] | {"predict": 50, "wrong, but sure": 50}
+    assert "1 of 1 mistakes are shown in mistakes.png" in capsys.readouterr().out
+
+
+def test_emnist_is_turned(folder, monkeypatch):
+    """EMNIST's test digits as MNIST stores its own, but with rows for columns."""
+    images, labels = (part[:5] for part in mnist.load_mnist(mnist.DATA_DIR)[1])
+    raw = Path("EMNIST", "raw")
+    raw.mkdir(parents=True)
+    header = b"".join(size.to_bytes(4, "big") for size in (0x803, 5, 28, 28))
+    turned = np.ascontiguousarray(images.numpy().transpose(0, 2, 1))
+    (raw / "emnist-digits-test-images-idx3-ubyte").write_bytes(header + turned.tobytes())
+    header = b"".join(size.to_bytes(4, "big") for size in (0x801, 5))
+    (raw / "emnist-digits-test-labels-idx1-ubyte").write_bytes(header + labels.byte().numpy().tobytes())
+    monkeypatch.setattr(mnist, "DATA_DIR", Path())
+    results = pictures.main(["--dataset", "EMNIST", "--model", str(ROOT / "pretrained.pt")])
+    assert results["EMNIST"]["predict"] == 100
+
+
+def test_data_set_that_cannot_be_downloaded(folder, monkeypatch):
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:1")
+    monkeypatch.setattr(mnist, "DATA_DIR", Path("absent"))
+    with pytest.raises(mnist.UserError, match="USPS is not in absent and cannot be downloaded"):
+        pictures.main(["--dataset", "USPS", "--model", str(ROOT / "pretrained.pt")])
+
+
 def test_readmes_show_the_results_of_pictures():
     results = json.loads((RESULTS / "pictures.json").read_text())
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -443,6 +483,8 @@ def test_missing_weights_of_pictures_are_named(folder):
         pictures.main(["--model", "absent.pt"])
 
 
-@pytest.mark.parametrize(("option", "value"), [("--images", "0"), ("--out", str(Path("no/folder/results.json")))])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--images", "0"), ("--dataset", "KMNIST"), ("--out", str(Path("no/folder/results.json")))]
+)
 def test_bad_value_of_pictures_is_refused(option, value, assert_refused):
     assert_refused(pictures.main, option, value)
