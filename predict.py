@@ -45,7 +45,7 @@ FAINT, DARK = 0.22, 0.4  # a stroke is what is above FAINT of the level of ink a
 WINDOW = 5  # times as wide as the strokes: what is wider belongs to the background
 NO_DIGIT = 6  # a logit must stand this far above the mean of the ten, or there is likelier no digit
 SLOPES = sorted(np.linspace(-0.2, 0.2, 21), key=abs)  # of ruled lines
-ACROSS, DOWN = 0.65, 0.85  # of a picture's width and height: what covers more is no stroke
+ACROSS, DOWN = 0.65, 0.75  # of a picture's width and height: what covers more is no stroke
 NO_TABLE = 5  # what it costs to read what is on a sheet alone if all around it is light
 GUESS = 0.75  # what each cut through a stroke costs, and reading without lines, in log-probability
 LEFT_OUT = 8  # what ink costs that is in no digit, if it is as large as a digit

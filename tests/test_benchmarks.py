@@ -462,6 +462,7 @@ def test_emnist_is_turned(folder, monkeypatch):
 def test_data_set_that_cannot_be_downloaded(folder, monkeypatch):
     for scheme in ("http", "https"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:1")
+    monkeypatch.setattr("urllib.request._opener", None)  # the one that urllib keeps may know other proxies
     monkeypatch.setattr(mnist, "DATA_DIR", Path("absent"))
     with pytest.raises(mnist.UserError, match="USPS is not in absent and cannot be downloaded"):
         pictures.main(["--dataset", "USPS", "--model", str(ROOT / "pretrained.pt")])
