@@ -1,10 +1,10 @@
 """Read handwritten digits from pictures: photographs, scans and drawings.
 
 Usage:
-    python predict.py digit.png photo.jpg       # a line for each: the digits from left to right, and how probable
+    python predict.py digit.png photo.jpg       # a line for each: the number on it, and how probable each digit is
     python predict.py --single *.heic           # one digit on each, even if it is in pieces
     python predict.py --json *.png              # for programs: a line of JSON for each, with boxes and probabilities
-    python predict.py --show photo.jpg          # also write seen.png: each picture beside what the network saw
+    python predict.py --show photo.jpg          # also write seen.png: each digit in a box, and what the network saw
     python predict.py - < digit.png             # a picture from standard input
 """
 
@@ -509,7 +509,7 @@ def parse_args(argv):
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
     add("--single", action="store_true", help="read each picture as one digit, even if it is in pieces")
     add("--json", action="store_true", help="print a line of JSON for each picture, with boxes and probabilities")
-    add("--show", action="store_true", help=f"write {SHEET}: each picture beside what the network saw")
+    add("--show", action="store_true", help=f"write {SHEET}: each digit in a box, and what the network saw")
     args = parser.parse_args(argv)
     args.pictures = [name for pattern in args.pictures for name in expand(pattern)]
     if args.show and SHEET.resolve() in [Path(name).resolve() for name in args.pictures]:
