@@ -279,12 +279,13 @@ def find_parts(strokes, ink, single):
     """
     wholes, count = ndimage.label(strokes, EIGHT)
     dark = np.isin(range(count + 1), wholes[ndimage.uniform_filter(ink, 3) > DARK])
-    heights = [0, *(y.stop - y.start for y, _ in ndimage.find_objects(wholes))]
-    widths = [0, *(x.stop - x.start for _, x in ndimage.find_objects(wholes))]
+    sizes = ((y.stop - y.start, x.stop - x.start) for y, x in ndimage.find_objects(wholes))
+    heights, widths = zip((0, 0), *sizes, strict=True)
     kept = (dark & (np.maximum(heights, widths) >= SPECK * max(heights)))[wholes]
     wholes = kept.astype(int) if single else ndimage.label(kept, EIGHT)[0]
+    places = ndimage.find_objects(wholes)
     labels, owners = np.zeros_like(wholes), []
-    for i, place in enumerate(ndimage.find_objects(wholes)):
+    for i, place in enumerate(places):
         whole = wholes[place] == i + 1
         columns = [] if single else cuts(whole, max(heights))
         labels[place] += whole * (len(owners) + 1 + np.searchsorted(columns, range(whole.shape[1]), side="right"))
@@ -292,7 +293,7 @@ def find_parts(strokes, ink, single):
     boxes = map(to_box, ndimage.find_objects(labels))
     parts = [Part(label, *pair) for label, pair in enumerate(zip(owners, boxes, strict=True), 1)]
     parts.sort(key=lambda part: part.box[0] + part.box[2])
-    lines = text_lines(np.array([to_box(place) for place in ndimage.find_objects(wholes)])) if parts else []
+    lines = text_lines(np.array([to_box(place) for place in places])) if parts else []
     return labels, [[part for part in parts if part.whole in line] for line in lines]
 
 
@@ -326,9 +327,8 @@ def classify(model, digits):
     return torch.cat([logits, logits.mean(dim=1, keepdim=True) + NO_DIGIT], dim=1).softmax(dim=1)[:, :10]
 
 
-def runs_of(parts, labels, ink, height):
+def runs_of(parts, boxes, labels, ink, height):
     """Yield (start, stop, box, digit (28, 28)) for each run of a line's parts that may be one, given its height."""
-    boxes = np.array([part.box for part in parts])
     for start in range(len(parts)):
         for stop in range(start + 1, min(len(parts), start + MOST_PARTS) + 1):
             left, top = boxes[start:stop, :2].min(axis=0).tolist()
@@ -355,7 +355,7 @@ def read_line(model, ink, labels, parts):
     joined = JOINED * (beside & ~cut) * np.minimum(heights[:-1], heights[1:]).clip(max=height) / height
     sizes = (np.maximum(widths, heights) / height).clip(max=1)
     ways = [(i, i + 1, -LEFT_OUT * size, [], False) for i, size in enumerate(sizes)]
-    runs = list(runs_of(parts, labels, ink, height))
+    runs = list(runs_of(parts, boxes, labels, ink, height))
     table = classify(model, [digit for *_, digit in runs]) if runs else []
     for (start, stop, box, digit), probabilities in zip(runs, table, strict=True):
         left, top, right, bottom = box
