@@ -37,10 +37,10 @@ from scipy.sparse.csgraph import connected_components
 register_heif_opener()
 
 SHORT, LONG = 128, 640  # pixels: a picture is first reduced until its sides are no longer
-SMALL = 56  # pixels: a picture with shorter sides is first enlarged
+SMALL = 100  # pixels: a picture with a shorter side is first enlarged, if its longer side allows it
 MIN_SIDE = 8  # pixels: a picture with shorter sides is refused
 MIN_CONTRAST = 8  # levels of grey, of 255, that a picture must span
-SPECK = 0.12  # of the highest stroke's height: what is smaller is no mark
+SPECK = 0.09  # of the highest stroke's height: what is smaller is no mark
 FAINT, DARK = 0.22, 0.4  # a stroke is what is above FAINT of the level of ink and connected with what is above DARK
 WINDOW = 5  # times as wide as the strokes: what is wider belongs to the background
 NO_DIGIT = 6  # a logit must stand this far above the mean of the ten, or there is likelier no digit
@@ -53,6 +53,7 @@ JOINED = 4  # what two parts side by side cost in one digit, if they are as high
 AT_EDGE = 0.5  # what a digit costs that touches an edge of the picture
 LOW, WIDE = 3, 2  # what a digit costs that is low for its line, or wide for its height
 WIDEST, MOST_PARTS = 1.6, 8  # a digit's width in heights of the line, and in parts
+STEM, STEM_OFF = 1.2, 0.3  # heights of the line: the stem of what is higher is cut off there, and what that costs
 EIGHT = np.ones((3, 3))  # neighbours of a pixel: the diagonal ones too
 MAX_BYTES = 2**28  # of standard input, which may never end
 SHEET = Path("seen.png")  # what --show writes
@@ -194,11 +195,6 @@ def views(grey):
 # --- Ink as lines of parts -----------------------------------------------------------------------------------------
 
 
-def opened(strokes, size):
-    """Return the pixels (H, W) of strokes in which a window of this size finds room, with nothing beyond the edges."""
-    return ndimage.grey_opening(strokes, size=size, mode="constant")
-
-
 def shear(strokes, slope):
     """Shift each column of strokes (H, W) up by `slope` times its distance from the middle."""
     height, width = strokes.shape
@@ -207,17 +203,29 @@ def shear(strokes, slope):
     return strokes[y.clip(0, height - 1), x] & (y >= 0) & (y < height)
 
 
+def find_slope(strokes):
+    """Return the slope of the fullest line of strokes (H, W), three pixels thick."""
+    y, x = np.nonzero(strokes)
+
+    def fullest(slope):
+        rows = y - np.round(slope * (x - strokes.shape[1] / 2)).astype(int)
+        return np.convolve(np.bincount(rows - rows.min(initial=0), minlength=1), [1, 1, 1]).max()
+
+    return max(SLOPES, key=fullest)
+
+
 def remove_lines(strokes):
     """Remove thin lines across or down most of a picture (H, W), straight or a little tilted; crossing strokes stay."""
     for share in (ACROSS, DOWN):
-        slope = max(SLOPES, key=lambda slope: ndimage.uniform_filter1d(shear(strokes, slope).sum(1), 3).max())
+        slope = find_slope(strokes)
         level = shear(strokes, slope)
         rows, _ = ndimage.label(ndimage.maximum_filter1d(level.sum(1) > share * level.shape[1], 3))
         line = np.zeros_like(level)
         for (place,) in ndimage.find_objects(rows):
             thickness = place.stop - place.start
             if thickness <= max(level.shape) / 8:
-                line[place] = (level & ~opened(level, (thickness + 3, 1)))[place]
+                thick = ndimage.grey_opening(level, size=(thickness + 3, 1), mode="constant")
+                line[place] = (level & ~thick)[place]
         strokes = (strokes & ~shear(line, -slope)).T
     return strokes
 
@@ -225,10 +233,10 @@ def remove_lines(strokes):
 def cuts(part, highest):
     """Return the columns at which to try a cut through a part (H, W) of the strokes: where it is lowest.
 
-    They are farther apart than specks are large, given the height of the highest part.
+    They are farther apart than specks are large, given the height of the highest part. What is narrow or low is whole.
     """
     height, width = part.shape
-    if width <= height / 2:
+    if width <= 0.5 * height or height < 0.4 * highest:
         return []
     reach = max(2, round(SPECK * highest))
     tall = height - part.argmax(0) - part[::-1].argmax(0)
@@ -328,7 +336,10 @@ def classify(model, digits):
 
 
 def runs_of(parts, boxes, labels, ink, height):
-    """Yield (start, stop, box, digit (28, 28)) for each run of a line's parts that may be one, given its height."""
+    """Yield each run of a line's parts that may be a digit, given the line's height.
+
+    As (start, stop, box, digit (28, 28), whether that is all of it).
+    """
     for start in range(len(parts)):
         for stop in range(start + 1, min(len(parts), start + MOST_PARTS) + 1):
             left, top = boxes[start:stop, :2].min(axis=0).tolist()
@@ -339,7 +350,10 @@ def runs_of(parts, boxes, labels, ink, height):
             own = np.isin(labels[place], [part.label for part in parts[start:stop]])
             digit = ink[place] * ndimage.maximum_filter(own, 3)
             if digit.any():
-                yield start, stop, (left, top, right, bottom), to_form(digit)
+                yield start, stop, (left, top, right, bottom), to_form(digit), True
+            head = digit[: round(STEM * height)]
+            if stop - start == 1 and len(head) < len(digit) - 2 and head.any():
+                yield start, stop, (left, top, right, bottom), to_form(head), False
 
 
 def read_line(model, ink, labels, parts):
@@ -349,22 +363,23 @@ def read_line(model, ink, labels, parts):
     """
     boxes = np.array([part.box for part in parts])
     widths, heights = (boxes[:, 2:] - boxes[:, :2]).T
-    height = np.median(heights[2 * heights >= heights.max()])  # of a digit
+    ordered = np.sort(heights)
+    height = ordered[np.searchsorted(ordered.cumsum(), ordered.sum() / 2)]  # of a digit: high parts count for more
     cut = np.array([one.whole == other.whole for one, other in itertools.pairwise(parts)], dtype=bool)
     beside = 2 * (boxes[:-1, 2] - boxes[1:, 0]) <= np.minimum(widths[:-1], widths[1:])
-    joined = JOINED * (beside & ~cut) * np.minimum(heights[:-1], heights[1:]).clip(max=height) / height
+    joined = JOINED * (beside & ~cut) * np.minimum(heights[:-1], heights[1:]) / heights.max()
     sizes = (np.maximum(widths, heights) / height).clip(max=1)
     ways = [(i, i + 1, -LEFT_OUT * size, [], False) for i, size in enumerate(sizes)]
     runs = list(runs_of(parts, boxes, labels, ink, height))
-    table = classify(model, [digit for *_, digit in runs]) if runs else []
-    for (start, stop, box, digit), probabilities in zip(runs, table, strict=True):
+    table = classify(model, [digit for *_, digit, _ in runs]) if runs else []
+    for (start, stop, box, digit, whole), probabilities in zip(runs, table, strict=True):
         left, top, right, bottom = box
         at_edge = left == 0 or top == 0 or right == ink.shape[1] or bottom == ink.shape[0]
         low, wide = 0.6 - (bottom - top) / height, (right - left) / (bottom - top) - 1
         join = joined[start : stop - 1].sum()
-        cost = AT_EDGE * at_edge + LOW * max(0, low) + WIDE * max(0, wide) + join
+        cost = AT_EDGE * at_edge + LOW * max(0, low) + WIDE * max(0, wide) + STEM_OFF * (not whole) + join
         found = [Digit(box, digit, probabilities)]
-        ways.append((start, stop, probabilities.max().log().item() - cost, found, join == 0 or at_edge))
+        ways.append((start, stop, probabilities.max().log().item() - cost, found, whole and (join == 0 or at_edge)))
     best = [(0, [], True)] + len(parts) * [(-math.inf, [], False)]  # for each part, the best way to its left
     for start, stop, score, found, whole in sorted(ways, key=lambda way: way[1]):
         total, before, whole_before = best[start]
@@ -416,11 +431,11 @@ def read(model, image, single=False):
         digit = torch.from_numpy(pixels).byte()
         lines, whole = [[Digit(to_box(bounding_box(pixels)), digit, classify(model, [digit])[0])]], True
     else:
-        times = math.ceil(SMALL / max(grey.size))
+        times = max(1, min(math.ceil(SMALL / min(grey.size)), LONG // max(grey.size)))
         grey = grey.resize((times * grey.width, times * grey.height), Image.Resampling.BICUBIC)
         _, lines, whole = best_reading(model, np.asarray(grey, dtype=np.float32), single)
     if not lines:
-        raise mnist.UserError("there is nothing to be seen on it")
+        raise mnist.UserError("there is no digit to be seen on it")
     scale = np.tile(np.divide(image.size, grey.size), 2)
     lines = [[digit._replace(box=(scale * digit.box).round().astype(int).tolist()) for digit in line] for line in lines]
     likely = [digit.probabilities.max() > 1 - digit.probabilities.sum() for line in lines for digit in line]

@@ -85,7 +85,7 @@ def test_other_28_x_28_is_brought_to_form(spoil):
     digit = prepared(seven())
     again = prepared(spoil(digit.numpy()))
     assert not torch.equal(again, torch.from_numpy(spoil(digit.numpy())))
-    assert difference(again, digit) < 0.03
+    assert difference(again, digit) < 0.04
 
 
 def test_mnist_is_unchanged():
@@ -137,7 +137,7 @@ def test_pixels_that_are_not_finite_are_black(value):
 
 @pytest.mark.parametrize("value", [0.5, np.nan, np.inf])
 def test_blank_floats_hold_no_ink(value):
-    with pytest.raises(mnist.UserError, match="nothing to be seen"):
+    with pytest.raises(mnist.UserError, match="no digit to be seen"):
         read(np.full((28, 28), value, dtype=np.float32))
 
 
@@ -457,6 +457,12 @@ def low(pixels):
     return pixels[46:126]
 
 
+def coarse(pixels):
+    """Scan it so coarsely that a digit is eight pixels high."""
+    image = Image.fromarray(pixels)
+    return np.array(image.resize((16 * image.width // image.height, 16), Image.Resampling.LANCZOS))
+
+
 def vignetted(pixels):
     """Let the light fall on the middle, and leave the corners a third of it."""
     height, width = pixels.shape
@@ -473,6 +479,7 @@ def vignetted(pixels):
         ("4213", low),
         ("358", lit),
         ("358", vignetted),
+        ("0123456789", coarse),
         ("18242", lambda pixels: np.pad(pixels, 200, constant_values=230)),
     ],
 )
@@ -504,6 +511,13 @@ def test_small_digit_stays_beside_tall_ones():
     pixels = np.concatenate([pixels, np.full((len(pixels), 60), 230, dtype=np.uint8)], axis=1)
     pixels[90:140, -80:-40] = small
     assert read(pixels)[0] == "7073"
+
+
+def test_long_stem_is_no_one():
+    pixels = np.pad(write("1395"), ((0, 130), (0, 0)), constant_values=230)
+    lines, sure = predict.read(pretrained(), Image.fromarray(draw(pixels, (177, 134, 177, 267), width=7)))
+    assert predict.as_result("", lines, sure, 1)["number"] == "1395"
+    assert not sure
 
 
 def minus(pixels):
@@ -572,6 +586,10 @@ def png(pixels):
     return file.getvalue()
 
 
+def equals():
+    return draw(np.full((80, 100), 230, dtype=np.uint8), (20, 30, 80, 30), (20, 50, 80, 50), width=5)
+
+
 def heic():
     file = io.BytesIO()
     Image.fromarray(noisy(seven())).save(file, "HEIF")
@@ -588,8 +606,9 @@ def heic():
         (png(noisy(seven()))[:2000], "damaged"),
         (bomb(), "pixels"),
         (animation(), "2 pictures"),
-        (png(np.full((50, 50), 255, dtype=np.uint8)), "nothing to be seen"),
-        (png(noisy(np.full((200, 200), 128, dtype=np.uint8))), "nothing to be seen"),
+        (png(np.full((50, 50), 255, dtype=np.uint8)), "no digit to be seen"),
+        (png(noisy(np.full((200, 200), 128, dtype=np.uint8))), "no digit to be seen"),
+        (png(equals()), "no digit to be seen"),
         (png(np.zeros((1, 1), dtype=np.uint8)), "it has only 1 x 1 pixels"),
         (png(np.array([[255, 0, 255], [0, 0, 0], [255, 0, 0]], dtype=np.uint8)), "it has only 3 x 3 pixels"),
     ],
