@@ -53,7 +53,7 @@ JOINED = 4  # what two parts side by side cost in one digit, if they are as high
 AT_EDGE = 0.5  # what a digit costs that touches an edge of the picture
 LOW, WIDE = 3, 2  # what a digit costs that is low for its line, or wide for its height
 WIDEST, MOST_PARTS = 1.6, 8  # a digit's width in heights of the line, and in parts
-STEM, STEM_OFF = 1.2, 0.3  # heights of the line: the stem of what is higher is cut off there, and what that costs
+STEM, STEM_OFF = 1.2, 0.3  # a part higher than 1.2 heights of the line may lose the rest, a stem; what that costs
 EIGHT = np.ones((3, 3))  # neighbours of a pixel: the diagonal ones too
 MAX_BYTES = 2**28  # of standard input, which may never end
 SHEET = Path("seen.png")  # what --show writes
@@ -195,11 +195,16 @@ def views(grey):
 # --- Ink as lines of parts -----------------------------------------------------------------------------------------
 
 
+def drop(x, width, slope):
+    """Return how many rows a line of this slope has gone down from the middle to the columns x (N,) of a picture."""
+    return np.round(slope * (x - width / 2)).astype(int)
+
+
 def shear(strokes, slope):
     """Shift each column of strokes (H, W) up by `slope` times its distance from the middle."""
     height, width = strokes.shape
     x, y = np.arange(width), np.arange(height)[:, None]
-    y = y + np.round(slope * (x - width / 2)).astype(int)
+    y = y + drop(x, width, slope)
     return strokes[y.clip(0, height - 1), x] & (y >= 0) & (y < height)
 
 
@@ -208,7 +213,7 @@ def find_slope(strokes):
     y, x = np.nonzero(strokes)
 
     def fullest(slope):
-        rows = y - np.round(slope * (x - strokes.shape[1] / 2)).astype(int)
+        rows = y - drop(x, strokes.shape[1], slope)
         return np.convolve(np.bincount(rows - rows.min(initial=0), minlength=1), [1, 1, 1]).max()
 
     return max(SLOPES, key=fullest)
@@ -336,9 +341,9 @@ def classify(model, digits):
 
 
 def runs_of(parts, boxes, labels, ink, height):
-    """Yield each run of a line's parts that may be a digit, given the line's height.
+    """Yield (start, stop, box, digit (28, 28), True) for each run of a line's parts that may be one, given its height.
 
-    As (start, stop, box, digit (28, 28), whether that is all of it).
+    A part with a long stem follows once more without it, with False.
     """
     for start in range(len(parts)):
         for stop in range(start + 1, min(len(parts), start + MOST_PARTS) + 1):
@@ -352,7 +357,7 @@ def runs_of(parts, boxes, labels, ink, height):
             if digit.any():
                 yield start, stop, (left, top, right, bottom), to_form(digit), True
             head = digit[: round(STEM * height)]
-            if stop - start == 1 and len(head) < len(digit) - 2 and head.any():
+            if stop - start == 1 and bottom - top > STEM * height and head.any():
                 yield start, stop, (left, top, right, bottom), to_form(head), False
 
 

@@ -80,12 +80,19 @@ def test_mnists_form_is_unchanged():
     assert torch.equal(prepared(digit.numpy().astype(np.uint16) * 257), digit)
 
 
-@pytest.mark.parametrize("spoil", [lambda d: 255 - d, lambda d: np.roll(d, 3, axis=1), lambda d: d // 2 + 20])
-def test_other_28_x_28_is_brought_to_form(spoil):
+@pytest.mark.parametrize(
+    ("spoil", "limit"),
+    [
+        (lambda d: 255 - d, 0.03),
+        (lambda d: np.roll(d, 3, axis=1), 0.03),
+        (lambda d: d // 2 + 20, 0.04),  # rounding makes it a column wider
+    ],
+)
+def test_other_28_x_28_is_brought_to_form(spoil, limit):
     digit = prepared(seven())
     again = prepared(spoil(digit.numpy()))
     assert not torch.equal(again, torch.from_numpy(spoil(digit.numpy())))
-    assert difference(again, digit) < 0.04
+    assert difference(again, digit) < limit
 
 
 def test_mnist_is_unchanged():
