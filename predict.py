@@ -45,7 +45,7 @@ FAINT, DARK = 0.22, 0.4  # a stroke is what is above FAINT of the level of ink a
 WINDOW = 5  # times as wide as the strokes: what is wider belongs to the background
 NO_DIGIT = 6  # a logit must stand this far above the mean of the ten, or there is likelier no digit
 SLOPES = sorted(np.linspace(-0.2, 0.2, 21), key=abs)  # of ruled lines
-ACROSS, DOWN = 0.65, 0.75  # of a picture's width and height: what covers more is no stroke
+LINE = 0.75  # of a picture's width or height: what covers more is no stroke
 NO_TABLE = 5  # what it costs to read what is on a sheet alone if all around it is light
 GUESS = 0.75  # what each cut through a stroke costs, and reading without lines, in log-probability
 LEFT_OUT = 8  # what ink costs that is in no digit, if it is as large as a digit
@@ -133,8 +133,7 @@ def between(light):
 def find_sheet(light):
     """Find a light sheet with little ink on something dark, given which pixels (H, W) of a picture are light.
 
-    Returns which pixels are on it, and which share of the others is light; None if there is no sheet of more than half
-    the picture's width and height.
+    Returns which pixels are on it; None if there is no sheet of more than half the picture's width and height.
     """
     labels, _ = ndimage.label(light)
     largest = labels == np.bincount(labels.ravel())[1:].argmax() + 1
@@ -142,9 +141,9 @@ def find_sheet(light):
     large = all(2 * (part.stop - part.start) > side for part, side in zip(box, light.shape, strict=True))
     sheet = between(largest) | between(largest.T).T
     inside = ndimage.minimum_filter(sheet, 5)  # less its edge
-    if not large or largest[box].mean() < 0.8 or sheet.all() or not inside.any():
+    if not large or largest[box].mean() < 0.7 or sheet.all() or not inside.any():
         return None
-    return inside, light[~sheet].mean()
+    return inside
 
 
 def subtract_background(grey, window):
@@ -181,15 +180,17 @@ def views(grey):
     flat = flatten(grey, np.ones_like(grey, dtype=bool))
     if np.ptp(flat) < MIN_CONTRAST:
         return
-    light = flat > otsu(flat)
-    polarities = ((-1, light), (1, ~light))  # dark ink, then light ink
-    for polarity, on in polarities:
+    light, as_is = flat > otsu(flat), grey > otsu(grey)
+    polarities = ((-1, light, as_is), (1, ~light, ~as_is))  # dark ink, then light ink
+    for polarity, on, _ in polarities:
         if on.mean() + border(on).mean() > 0.6:  # it may be the background
             yield 0, polarity * flat
-    for polarity, on in polarities:
-        if (sheet := find_sheet(on)) is not None:
-            inside, light_share = sheet
-            yield NO_TABLE * light_share, polarity * flatten(grey, inside)
+    for polarity, on, as_is in polarities:
+        sheet = find_sheet(on)
+        if sheet is None:  # the plane may be tilted by a sheet that is not in the middle
+            sheet = find_sheet(as_is)
+        if sheet is not None:
+            yield NO_TABLE * on[~sheet].mean(), polarity * flatten(grey, sheet)
 
 
 # --- Ink as lines of parts -----------------------------------------------------------------------------------------
@@ -221,10 +222,10 @@ def find_slope(strokes):
 
 def remove_lines(strokes):
     """Remove thin lines across or down most of a picture (H, W), straight or a little tilted; crossing strokes stay."""
-    for share in (ACROSS, DOWN):
+    for _ in range(2):  # across, then down
         slope = find_slope(strokes)
         level = shear(strokes, slope)
-        rows, _ = ndimage.label(ndimage.maximum_filter1d(level.sum(1) > share * level.shape[1], 3))
+        rows, _ = ndimage.label(ndimage.maximum_filter1d(level.sum(1) > LINE * level.shape[1], 3))
         line = np.zeros_like(level)
         for (place,) in ndimage.find_objects(rows):
             thickness = place.stop - place.start
@@ -442,7 +443,14 @@ def read(model, image, single=False):
     if not lines:
         raise mnist.UserError("there is no digit to be seen on it")
     scale = np.tile(np.divide(image.size, grey.size), 2)
-    lines = [[digit._replace(box=(scale * digit.box).round().astype(int).tolist()) for digit in line] for line in lines]
+    outward = np.array([-1, -1, 1, 1])
+    lines = [
+        [
+            digit._replace(box=(outward * np.ceil((outward * scale * digit.box).round(6))).astype(int).tolist())
+            for digit in line
+        ]
+        for line in lines
+    ]
     likely = [digit.probabilities.max() > 1 - digit.probabilities.sum() for line in lines for digit in line]
     return lines, whole and all(likely)
 

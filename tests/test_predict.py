@@ -319,6 +319,11 @@ def test_seven_is_read_wherever_it_is(spoil):
     assert difference(digit.pixels, prepared(seven())) < 0.12
 
 
+def test_bar_of_a_four_in_a_narrow_box_is_no_line():
+    box = (11, 11, 68, 11), (68, 11, 68, 88), (68, 88, 11, 88), (11, 88, 11, 11)
+    assert read(draw(four(), *box, width=3)[6:94, 6:74])[0] == "4"
+
+
 def test_straight_digit_is_no_line():
     pixels = np.full((60, 20), 230, dtype=np.uint8)
     pixels[:, 8:12] = 30
@@ -354,6 +359,7 @@ def test_blank_sheet_holds_no_ink():
 @settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(["noise", "slope", "step", "specks", "alpha"]))
 @example(1, 20, "step")
+@example(8, 1, "step")
 def test_any_picture_is_read_or_refused(width, height, kind):
     rng = np.random.default_rng(0)
     pixels = {
@@ -477,6 +483,15 @@ def vignetted(pixels):
     return (pixels * (1 - (x**2 + y**2) / 3)).astype(np.uint8)
 
 
+def strip_on_a_table(pixels):
+    """Photograph it in the corner of a table, lit from one side."""
+    height, width = pixels.shape
+    table = Image.new("L", (round(1.4 * width), round(1.4 * height)), 70)
+    strip = Image.fromarray(pixels).convert("LA").rotate(3, Image.Resampling.BICUBIC, expand=True)
+    table.paste(strip, (5, 5), strip.getchannel("A"))
+    return lit(np.array(table))
+
+
 @pytest.mark.parametrize(
     ("number", "change"),
     [
@@ -486,6 +501,7 @@ def vignetted(pixels):
         ("4213", low),
         ("358", lit),
         ("358", vignetted),
+        ("358", strip_on_a_table),
         ("0123456789", coarse),
         ("18242", lambda pixels: np.pad(pixels, 200, constant_values=230)),
     ],
