@@ -420,6 +420,12 @@ def best_reading(model, grey, single):
     return best
 
 
+def enlarge(box, scale):
+    """Return the whole pixels that hold a box (left, top, right, bottom), `scale` (4,) times as large."""
+    left, top, right, bottom = (scale * box).round(6)
+    return [math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)]
+
+
 def read(model, image, single=False):
     """Read the digits on a PIL image, or one alone if `single`.
 
@@ -443,14 +449,7 @@ def read(model, image, single=False):
     if not lines:
         raise mnist.UserError("there is no digit to be seen on it")
     scale = np.tile(np.divide(image.size, grey.size), 2)
-    outward = np.array([-1, -1, 1, 1])
-    lines = [
-        [
-            digit._replace(box=(outward * np.ceil((outward * scale * digit.box).round(6))).astype(int).tolist())
-            for digit in line
-        ]
-        for line in lines
-    ]
+    lines = [[digit._replace(box=enlarge(digit.box, scale)) for digit in line] for line in lines]
     likely = [digit.probabilities.max() > 1 - digit.probabilities.sum() for line in lines for digit in line]
     return lines, whole and all(likely)
 

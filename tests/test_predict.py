@@ -483,6 +483,16 @@ def vignetted(pixels):
     return (pixels * (1 - (x**2 + y**2) / 3)).astype(np.uint8)
 
 
+def cut_out_of_a_form(pixels):
+    """Leave the border of a cell along the left edge of the picture."""
+    return draw(pixels, (0, 0, 3, len(pixels)), width=6)
+
+
+def with_a_short_stroke(pixels):
+    """Draw an upright stroke on the left, a quarter as high as the digit."""
+    return draw(pixels, (8, 60, 10, 86), width=8)
+
+
 def strip_on_a_table(pixels):
     """Photograph it in the corner of a table, lit from one side."""
     height, width = pixels.shape
@@ -502,6 +512,8 @@ def strip_on_a_table(pixels):
         ("358", lit),
         ("358", vignetted),
         ("358", strip_on_a_table),
+        ("8", cut_out_of_a_form),
+        ("3", with_a_short_stroke),
         ("0123456789", coarse),
         ("18242", lambda pixels: np.pad(pixels, 200, constant_values=230)),
     ],
@@ -510,7 +522,7 @@ def test_number_is_read(number, change):
     assert read(change(write(number)))[0] == number
 
 
-@pytest.mark.parametrize("number", ["35", "27", "2806", "50", "43"])
+@pytest.mark.parametrize("number", ["35", "27", "2806", "50", "43", "6984"])
 def test_touching_digits_are_cut(number):
     lines, sure = predict.read(pretrained(), Image.fromarray(write(number, gap=-12)))
     assert predict.as_result("", lines, sure, 1)["number"] == number
