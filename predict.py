@@ -139,11 +139,11 @@ def find_sheet(light):
     largest = labels == np.bincount(labels.ravel())[1:].argmax() + 1
     box = bounding_box(largest)
     large = all(2 * (part.stop - part.start) > side for part, side in zip(box, light.shape, strict=True))
+    if not large or largest[box].mean() < 0.7:
+        return None
     sheet = between(largest) | between(largest.T).T
     inside = ndimage.minimum_filter(sheet, 5)  # less its edge
-    if not large or largest[box].mean() < 0.7 or sheet.all() or not inside.any():
-        return None
-    return inside
+    return inside if inside.any() and not sheet.all() else None
 
 
 def subtract_background(grey, window):
