@@ -45,7 +45,7 @@ FAINT, DARK = 0.22, 0.4  # a stroke is what is above FAINT of the level of ink a
 WINDOW = 5  # times as wide as the strokes: what is wider belongs to the background
 NO_DIGIT = 6  # a logit must stand this far above the mean of the ten, or there is likelier no digit
 SLOPES = sorted(np.linspace(-0.2, 0.2, 21), key=abs)  # of ruled lines
-LINE = 0.75  # of a picture's width or height: what covers more is no stroke
+LINE = 0.75  # of the paper's width or height: what covers more is no stroke
 NO_TABLE = 5  # what it costs to read what is on a sheet alone if all around it is light
 GUESS = 0.75  # what each cut through a stroke costs, and reading without lines, in log-probability
 LEFT_OUT = 8  # what ink costs that is in no digit, if it is as large as a digit
@@ -176,7 +176,10 @@ def find_ink(grey):
 
 
 def views(grey):
-    """Yield (cost, picture with light ink (H, W)) for each way to find it in one: on all of it, or on a sheet."""
+    """Yield (cost, picture with light ink (H, W), height and width of the paper) for each way to find ink in one.
+
+    The paper is the whole picture, or a sheet in it.
+    """
     flat = flatten(grey, np.ones_like(grey, dtype=bool))
     if np.ptp(flat) < MIN_CONTRAST:
         return
@@ -184,13 +187,14 @@ def views(grey):
     polarities = ((-1, light, as_is), (1, ~light, ~as_is))  # dark ink, then light ink
     for polarity, on, _ in polarities:
         if on.mean() + border(on).mean() > 0.6:  # it may be the background
-            yield 0, polarity * flat
+            yield 0, polarity * flat, grey.shape
     for polarity, on, as_is in polarities:
         sheet = find_sheet(on)
         if sheet is None:  # the plane may be tilted by a sheet that is not in the middle
             sheet = find_sheet(as_is)
         if sheet is not None:
-            yield NO_TABLE * on[~sheet].mean(), polarity * flatten(grey, sheet)
+            size = [part.stop - part.start for part in bounding_box(sheet)]
+            yield NO_TABLE * on[~sheet].mean(), polarity * flatten(grey, sheet), size
 
 
 # --- Ink as lines of parts -----------------------------------------------------------------------------------------
@@ -220,12 +224,15 @@ def find_slope(strokes):
     return max(SLOPES, key=fullest)
 
 
-def remove_lines(strokes):
-    """Remove thin lines across or down most of a picture (H, W), straight or a little tilted; crossing strokes stay."""
-    for _ in range(2):  # across, then down
+def remove_lines(strokes, size):
+    """Remove thin lines across or down most of the paper, straight or a little tilted; crossing strokes stay.
+
+    The strokes are (H, W); `size` is the height and width of the paper.
+    """
+    for length in reversed(size):  # across, then down
         slope = find_slope(strokes)
         level = shear(strokes, slope)
-        rows, _ = ndimage.label(ndimage.maximum_filter1d(level.sum(1) > LINE * level.shape[1], 3))
+        rows, _ = ndimage.label(ndimage.maximum_filter1d(level.sum(1) > LINE * length, 3))
         line = np.zeros_like(level)
         for (place,) in ndimage.find_objects(rows):
             thickness = place.stop - place.start
@@ -408,13 +415,13 @@ def read_strokes(model, ink, strokes, single, cost):
 def best_reading(model, grey, single):
     """Return read_strokes()'s result for the likeliest way to find ink in a picture (H, W)."""
     best = (-math.inf, [], False)
-    for cost, view in views(grey):
+    for cost, view, size in views(grey):
         # What costs something scores no higher than that, however sure the network is.
         if best[0] >= -cost or (found := find_ink(view)) is None:
             continue
         ink, strokes = found
         best = max(best, read_strokes(model, ink, strokes, single, cost), key=lambda reading: reading[0])
-        if best[0] < -cost - GUESS and ((rest := remove_lines(strokes)) != strokes).any():
+        if best[0] < -cost - GUESS and ((rest := remove_lines(strokes, size)) != strokes).any():
             ink = np.where(strokes & ~rest, 0, ink)
             best = max(best, read_strokes(model, ink, rest, single, cost + GUESS), key=lambda reading: reading[0])
     return best

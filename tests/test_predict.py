@@ -496,7 +496,7 @@ def with_a_short_stroke(pixels):
 def strip_on_a_table(pixels):
     """Photograph it in the corner of a table, lit from one side."""
     height, width = pixels.shape
-    table = Image.new("L", (round(1.4 * width), round(1.4 * height)), 70)
+    table = Image.new("L", (round(1.7 * width), round(1.7 * height)), 70)
     strip = Image.fromarray(pixels).convert("LA").rotate(3, Image.Resampling.BICUBIC, expand=True)
     table.paste(strip, (5, 5), strip.getchannel("A"))
     return lit(np.array(table))
@@ -512,6 +512,7 @@ def strip_on_a_table(pixels):
         ("358", lit),
         ("358", vignetted),
         ("358", strip_on_a_table),
+        ("358", lambda pixels: strip_on_a_table(tilted_rule(pixels))),
         ("8", cut_out_of_a_form),
         ("3", with_a_short_stroke),
         ("0123456789", coarse),
