@@ -53,7 +53,7 @@ JOINED = 4  # what two parts side by side cost in one digit, if they are as high
 AT_EDGE = 0.5  # what a digit costs that touches an edge of the picture
 LOW, WIDE = 3, 2  # what a digit costs that is low for its line, or wide for its height
 WIDEST, MOST_PARTS = 1.6, 8  # a digit's width in heights of the line, and in parts
-STEM, STEM_OFF = 1.2, 0.3  # a part higher than 1.2 heights of the line may lose the rest, a stem; what that costs
+STEM, STEM_OFF = 1.2, 0.3  # how many heights of the line a part keeps if it is higher; what losing the rest costs
 EIGHT = np.ones((3, 3))  # neighbours of a pixel: the diagonal ones too
 MAX_BYTES = 2**28  # of standard input, which may never end
 SHEET = Path("seen.png")  # what --show writes
@@ -95,12 +95,16 @@ def bounding_box(ink):
     return ndimage.find_objects((ink > 0).astype(int))[0]
 
 
+def extent(ink):
+    """Return the height and width of all of the ink (H, W)."""
+    return [part.stop - part.start for part in bounding_box(ink)]
+
+
 def is_mnist(grey):
     """Return whether a picture (H, W) is in MNIST's form already; the limits are those of its 70,000 digits."""
     if grey.shape != (28, 28) or not grey.any():
         return False
-    longer = max(part.stop - part.start for part in bounding_box(grey))
-    return longer in (19, 20) and all(abs(mean - 14) < 0.6 for mean in ndimage.center_of_mass(grey))
+    return max(extent(grey)) in (19, 20) and all(abs(mean - 14) < 0.6 for mean in ndimage.center_of_mass(grey))
 
 
 def border(pixels):
@@ -137,9 +141,9 @@ def find_sheet(light):
     """
     labels, _ = ndimage.label(light)
     largest = labels == np.bincount(labels.ravel())[1:].argmax() + 1
-    box = bounding_box(largest)
-    large = all(2 * (part.stop - part.start) > side for part, side in zip(box, light.shape, strict=True))
-    if not large or largest[box].mean() < 0.7:
+    size = extent(largest)
+    large = all(2 * length > side for length, side in zip(size, light.shape, strict=True))
+    if not large or largest.sum() < 0.7 * math.prod(size):
         return None
     sheet = between(largest) | between(largest.T).T
     inside = ndimage.minimum_filter(sheet, 5)  # less its edge
@@ -176,9 +180,9 @@ def find_ink(grey):
 
 
 def views(grey):
-    """Yield (cost, picture with light ink (H, W), height and width of the paper) for each way to find ink in one.
+    """Yield each way to find ink in a picture (H, W): on all of it, or on a sheet.
 
-    The paper is the whole picture, or a sheet in it.
+    Each is (cost, the picture with light ink (H, W), the height and width of the picture or the sheet).
     """
     flat = flatten(grey, np.ones_like(grey, dtype=bool))
     if np.ptp(flat) < MIN_CONTRAST:
@@ -193,8 +197,7 @@ def views(grey):
         if sheet is None:  # the plane may be tilted by a sheet that is not in the middle
             sheet = find_sheet(as_is)
         if sheet is not None:
-            size = [part.stop - part.start for part in bounding_box(sheet)]
-            yield NO_TABLE * on[~sheet].mean(), polarity * flatten(grey, sheet), size
+            yield NO_TABLE * on[~sheet].mean(), polarity * flatten(grey, sheet), extent(sheet)
 
 
 # --- Ink as lines of parts -----------------------------------------------------------------------------------------
@@ -225,9 +228,9 @@ def find_slope(strokes):
 
 
 def remove_lines(strokes, size):
-    """Remove thin lines across or down most of the paper, straight or a little tilted; crossing strokes stay.
+    """Remove thin lines, straight or a little tilted, from strokes (H, W); strokes that cross them stay.
 
-    The strokes are (H, W); `size` is the height and width of the paper.
+    They run across or down most of the paper, whose height and width are `size`.
     """
     for length in reversed(size):  # across, then down
         slope = find_slope(strokes)

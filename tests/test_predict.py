@@ -260,10 +260,11 @@ def squared(pixels):
     return draw(ruled(pixels), *[(x, 0, x, 99) for x in range(11, 100, 22)], width=3)
 
 
-def sheet_on_a_table(pixels):
-    table = Image.new("L", (160, 150), 70)
+def on_a_table(pixels, size, place):
+    """Photograph it, a little askew, on a dark table of this width and height."""
+    table = Image.new("L", size, 70)
     sheet = Image.fromarray(pixels).convert("LA").rotate(3, Image.Resampling.BICUBIC, expand=True)
-    table.paste(sheet, (35, 20), sheet.getchannel("A"))
+    table.paste(sheet, place, sheet.getchannel("A"))
     return np.array(table)
 
 
@@ -304,7 +305,7 @@ def pale_in_part(pixels):
         ruled,
         squared,
         lambda pixels: 255 - squared(pixels),
-        sheet_on_a_table,
+        lambda pixels: on_a_table(pixels, (160, 150), (35, 20)),
         beside_a_table,
         stained,
         scratched,
@@ -489,17 +490,14 @@ def cut_out_of_a_form(pixels):
 
 
 def with_a_short_stroke(pixels):
-    """Draw an upright stroke on the left, a quarter as high as the digit."""
+    """Draw an upright stroke on the left, a third as high as the digit."""
     return draw(pixels, (8, 60, 10, 86), width=8)
 
 
 def strip_on_a_table(pixels):
-    """Photograph it in the corner of a table, lit from one side."""
+    """Put it in the corner of a table, lit from one side."""
     height, width = pixels.shape
-    table = Image.new("L", (round(1.7 * width), round(1.7 * height)), 70)
-    strip = Image.fromarray(pixels).convert("LA").rotate(3, Image.Resampling.BICUBIC, expand=True)
-    table.paste(strip, (5, 5), strip.getchannel("A"))
-    return lit(np.array(table))
+    return lit(on_a_table(pixels, (round(1.7 * width), round(1.7 * height)), (5, 5)))
 
 
 @pytest.mark.parametrize(
