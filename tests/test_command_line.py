@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mnist
-import weights
+from tools import weights
 
 import pytest
 import torch
@@ -36,8 +36,8 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused 
         ("--batch-size", "-64"),
         ("--batch-size", "8"),
         ("--batch-size", "60001"),
+        ("--epochs", "two"),
         ("--lr", "0"),
-        ("--lr", "1e-400"),
         ("--lr", "nan"),
         ("--lr", "inf"),
         ("--seed", "-1"),
@@ -51,22 +51,15 @@ def test_bad_value_is_refused(option, value, assert_refused):
 
 
 def test_refusal_says_what_is_expected(capsys):
-    with pytest.raises(SystemExit):
-        mnist.main(["--epochs", "two"])
-    assert "argument --epochs: 'two' is not a whole number from 1 to 1000000" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        mnist.main(["--lr", "1e-400"])  # above 0, but 0 as a float
-    assert "argument --lr: '1e-400' is not a number from 1e-30 to 1e+30" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        mnist.main(["--batch-size", "8"])
-    assert "argument --batch-size: 8 is not more than the 8 images that show no digit" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        mnist.main(["--validate", "--batch-size", "50001"])
-    assert "--batch-size: 50001 is not more than the 8" in (error := capsys.readouterr().err)
-    assert "at most the 50000 training images" in error
-    with pytest.raises(SystemExit):
-        mnist.main(["--device", "tpu"])
-    assert "argument --device: 'tpu' is none of auto, cpu, cuda and mps" in capsys.readouterr().err
+    for options, expected in {
+        ("--lr", "1e-400"): "argument --lr: 0.0 is not from 1e-30 to 1e+30",
+        ("--batch-size", "8"): "argument --batch-size: 8 is not from 9 to 60000",
+        ("--validate", "--batch-size", "50001"): "argument --batch-size: 50001 is not from 9 to 50000",
+        ("--device", "tpu"): "argument --device: 'tpu' does not work (",
+    }.items():
+        with pytest.raises(SystemExit):
+            mnist.main(options)
+        assert expected in capsys.readouterr().err
 
 
 @settings(max_examples=100, deadline=None)
@@ -91,33 +84,27 @@ def test_any_value_is_taken_or_refused(option, value):
         assert 0 < args.lr < float("inf")
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
 def test_missing_device_is_an_error(device, capsys):
-    if getattr(torch, device).is_available():
+    if torch.cuda.device_count() > 1 or getattr(torch, device[:4].rstrip(":")).is_available():
         pytest.skip(f"there is {device} here")
     with pytest.raises(SystemExit) as stop:
         mnist.main(["--dry-run", "--device", device])
     assert stop.value.code == 2
-    assert f"{device!r} does not work here (" in capsys.readouterr().err
+    assert f"{device!r} does not work (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.cuda.DeferredCudaCallError])
-def test_device_that_refuses_to_work(error, monkeypatch, capsys):
-    zeros = torch.zeros
-
-    def refuse(*args, device):
-        if device == "mps":
-            raise error("MPS backend out of memory\nand more")
-        return zeros(*args, device=device)
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_device_that_refuses_to_work(error, name, monkeypatch):
+    def refuse(*_args, device):
+        raise error(f"{device} is out of memory\nand more")
 
     monkeypatch.setattr(torch, "zeros", refuse)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert mnist.pick_device("auto").type == "cpu"
-    warning = "mnist.py: warning: 'mps' does not work here (MPS backend out of memory): it is not used\n"
-    assert capsys.readouterr().err == warning
-    with pytest.raises(argparse.ArgumentTypeError, match=r"\(MPS backend out of memory\): use cpu, or auto"):
-        mnist.pick_device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(argparse.ArgumentTypeError) as fault:
+        mnist.pick_device(name)
+    assert str(fault.value) == "'cuda' does not work (cuda is out of memory): cpu does"
 
 
 def test_old_torch_trains_in_float32(monkeypatch):
@@ -141,15 +128,15 @@ def test_data_dir_has_two_defaults():
     assert mnist.parse_args(["--dry-run", "--data-dir", "here"]).data_dir == Path("here")
 
 
-def test_validation_is_the_last_10_000(small_mnist, digits, monkeypatch, capsys):
+def test_validation_is_the_last_10_000(small_mnist, digits, monkeypatch):
     sets = []
-    monkeypatch.setattr(mnist, "fit", lambda model, *args: sets.extend(args[:2]) or [{"test_loss": 9}])
+    monkeypatch.setattr(mnist, "fit", lambda model, *args: sets.extend(args) or [{"test_loss": 9, "test_accuracy": 99}])
     mnist.main(["--validate", "--data-dir", small_mnist])
     images, labels = digits(500)
-    for (set_images, set_labels), part in zip(sets, (slice(400), slice(400, 500)), strict=True):
+    for (set_images, set_labels), part in zip(sets[:2], (slice(400), slice(400, 500)), strict=True):
         assert torch.equal(set_images, images[part])
         assert torch.equal(set_labels, labels[part])
-    assert "validation accuracy" in capsys.readouterr().out
+    assert sets[-1] == "validation"
 
 
 def test_main_returns_and_saves_results(small_mnist):
@@ -174,21 +161,14 @@ def test_dry_run_saves_only_if_told_to(small_mnist):
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "options", "cause"),
-    [
-        (12, ["--lr", "3", "--batch-size", "32"], "--lr 3 --batch-size 32"),
-        (97, [], "the default options"),
-        (98, ["--epochs", "1"], None),
-        (12, ["--dry-run"], None),
-    ],
+    ("accuracy", "options", "warned"), [(97, [], True), (98, [], False), (12, ["--dry-run"], False)]
 )
-def test_run_that_did_not_learn_says_so(accuracy, options, cause, digits, tmp_path, monkeypatch, capsys):
+def test_run_that_did_not_learn_says_so(accuracy, options, warned, digits, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mnist, "load_mnist", lambda *_: (digits(500), digits(100)))
-    monkeypatch.setattr(mnist, "fit", lambda *_: [{"test_loss": 9}])
-    monkeypatch.setattr(mnist, "test", lambda *_: (9, accuracy))
+    monkeypatch.setattr(mnist, "fit", lambda *_: [{"test_loss": 9, "test_accuracy": accuracy}])
     mnist.main(options)
-    expected = f"mnist.py: warning: with {cause} it did not learn: the recipe reaches 99.4%\n" if cause else ""
+    expected = "mnist.py: warning: it did not learn, as it does with the default options\n" if warned else ""
     assert capsys.readouterr().err == expected
 
 
@@ -202,10 +182,8 @@ def test_output_is_the_documented_log(small_mnist, capsys):
     expected = """\
 Total Parameters: 18242
 Training on cpu, N threads?, float32: 1 x 5 batches of 100
-Test set: Average loss: N, Accuracy: N/100 (N%)
-Epoch 1: Train Accuracy: N%, Test Accuracy: N%
-Final test accuracy N% with 18,242 parameters after epoch 1, in N s
-Saved the weights to mnist.pt
+Epoch 1: training loss N, accuracy N%; test loss N, accuracy N%
+Trained in N s; the weights are in mnist.pt
 """
     pattern = re.escape(expected).replace("N", r"\d+(\.\d+)?").replace(r"\?", "?")
     assert re.fullmatch(pattern, out)
@@ -257,7 +235,7 @@ def test_main_needs_no_streams(small_mnist, monkeypatch):
 def test_main_runs_in_a_thread(small_mnist):
     with ThreadPoolExecutor() as pool, contextlib.redirect_stdout(io.StringIO()) as out:
         assert pool.submit(mnist.main, ["--dry-run", "--data-dir", small_mnist]).result()
-    assert "Final test accuracy" in out.getvalue()
+    assert "Trained in" in out.getvalue()
 
 
 @posix

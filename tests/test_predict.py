@@ -11,8 +11,7 @@ import zlib
 from pathlib import Path
 
 import mnist
-import predict
-import weights
+from tools import predict, weights
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
-ROOT = Path(predict.__file__).parent
+ROOT = Path(mnist.__file__).parent
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused by POSIX means")
 
@@ -38,7 +37,7 @@ def seven(size=100, left=30, top=20):
 
 @functools.cache
 def pretrained():
-    return weights.load(ROOT / "pretrained.pt")[0]
+    return weights.load(weights.PRETRAINED)[0]
 
 
 def read(image, single=False):
@@ -439,7 +438,7 @@ def test_boxes_are_in_pixels_of_the_upright_picture(turn, folder):
     pixels = np.kron(np.concatenate([four(), seven()], axis=1), np.ones((12, 12), dtype=np.uint8))
     image = turn(Image.fromarray(pixels))
     image.save("a.jpg", exif=image.getexif())
-    (result,) = predict.main(["--model", str(ROOT / "pretrained.pt"), "--json", "a.jpg"])
+    (result,) = predict.main(["--model", str(weights.PRETRAINED), "--json", "a.jpg"])
     assert result["number"] == "47"
     assert result["digits"][1]["box"] == pytest.approx([12 * side for side in (130, 20, 155, 60)], abs=30)
 
@@ -533,7 +532,7 @@ def test_lines_are_read_from_top_to_bottom(folder):
     width = max(page.shape[1] for page in pages)
     rows = [np.pad(page, ((0, 0), (0, width - page.shape[1])), constant_values=230) for page in pages]
     Path("a.png").write_bytes(png(np.concatenate(rows)))
-    (result,) = predict.main(["--json", "--model", str(ROOT / "pretrained.pt"), "a.png"])
+    (result,) = predict.main(["--json", "--model", str(weights.PRETRAINED), "a.png"])
     assert result["number"] == "945 531 07"
     assert [digit["line"] for digit in result["digits"]] == [0, 0, 0, 1, 1, 1, 2, 2]
     assert result["sure"]
@@ -664,7 +663,7 @@ def test_unreadable_picture_is_named(content, reason, folder, capsys):
 
 def test_json_holds_every_digit(folder, capsys):
     Path("a.png").write_bytes(png(np.concatenate([four(), seven()], axis=1)))
-    (result,) = predict.main(["--json", "--model", str(ROOT / "pretrained.pt"), "a.png"])
+    (result,) = predict.main(["--json", "--model", str(weights.PRETRAINED), "a.png"])
     assert json.loads(capsys.readouterr().out) == result
     assert result["number"] == "47"
     assert [digit["digit"] for digit in result["digits"]] == [4, 7]
@@ -781,7 +780,8 @@ def test_isolated_python_finds_mnist(script, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["weights", "predict", "export", "report", "benchmarks.seeds", "benchmarks.pictures"]
+    "module",
+    ["tools.weights", "tools.predict", "tools.export", "tools.report", "benchmarks.seeds", "benchmarks.pictures"],
 )
 def test_mps_falls_back_wherever_one_begins(module):
     """PyTorch reads the variable when it is imported, so mnist.py must come first."""

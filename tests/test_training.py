@@ -1,7 +1,7 @@
 """Training: the step, the optimizer, testing, and that the same seed gives bitwise identical weights."""
 
 import mnist
-import weights
+from tools import weights
 
 import pytest
 import torch
@@ -25,13 +25,17 @@ def test_digits_are_learned(small_mnist, device):
     assert results["test_accuracy"] > 90
 
 
-def test_bfloat16_trains(small_mnist, monkeypatch):
-    precisions, tested, fit, test = [], [], mnist.fit, mnist.test
-    monkeypatch.setattr(mnist, "fit", lambda model, *args: precisions.append(model.precision) or fit(model, *args))
-    monkeypatch.setattr(mnist, "test", lambda model, *args: tested.append(model.precision) or test(model, *args))
+def test_bfloat16_trains_and_float32_tests(small_mnist, monkeypatch):
+    types, forward = [], mnist.Net.forward
+
+    def recorded(model, x):
+        logits = forward(model, x)
+        types.append((model.training, logits.dtype))
+        return logits
+
+    monkeypatch.setattr(mnist.Net, "forward", recorded)
     results = mnist.main(["--dry-run", "--precision", "bfloat16", "--data-dir", small_mnist])
-    assert precisions == [torch.bfloat16]
-    assert tested == [torch.bfloat16, torch.float32]  # the last, which is saved, as the weights will be loaded
+    assert types == [(True, torch.bfloat16), (False, torch.float32)]
     assert results["settings"]["precision"] == "bfloat16"
 
 
@@ -47,8 +51,14 @@ def repeatable_model(monkeypatch):
 
 def test_step_records_its_losses(repeatable_model, digits, monkeypatch):
     images, labels = digits(39)
-    index, recorded, junk = torch.arange(5, 25), [], images[:1].mT
+    index, recorded, grads, junk, step = torch.arange(5, 25), [], [], images[:1].mT, mnist.Muon.step
     monkeypatch.setattr(mnist, "make_junk", lambda *_: junk)
+
+    def record(optimizer, lr):
+        grads.append(repeatable_model.fc.weight.grad.clone())
+        step(optimizer, lr)
+
+    monkeypatch.setattr(mnist.Muon, "step", record)
 
     def train_batches(losses, batches, size):
         assert (batches, size) == (1, 20)
@@ -63,14 +73,17 @@ def test_step_records_its_losses(repeatable_model, digits, monkeypatch):
     )
 
     repeatable_model.load_state_dict(before)
-    output = repeatable_model.train()(mnist.normalise(torch.cat([images[index], junk.expand(8, -1, -1)])))
+    output = repeatable_model.train()(mnist.normalize(torch.cat([images[index], junk.expand(8, -1, -1)])))
     (losses,) = recorded
     assert torch.allclose(losses[index], F.cross_entropy(output[:20], labels[index], reduction="none"))
     assert losses[:5].isinf().all()  # not seen yet
     assert losses[25:].isinf().all()
+    assert epoch["train_loss"] == pytest.approx(losses[index].mean().item(), rel=1e-5)  # of the digits alone
     loss = 20 / 28 * F.cross_entropy(output[:20], labels[index])
     loss -= 8 / 28 * output[20:].log_softmax(dim=1).mean()  # junk is to be each digit with the same probability
-    assert epoch["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    repeatable_model.zero_grad()
+    loss.backward()
+    assert torch.allclose(grads[0], repeatable_model.fc.weight.grad, rtol=1e-3, atol=1e-6)
     correct = (output[:20].argmax(dim=1) == labels[index]).sum().item()
     assert epoch["train_accuracy"] == pytest.approx(100 * correct / 20)
 
@@ -89,7 +102,7 @@ def test_history_holds_means_of_epochs(repeatable_model, digits, monkeypatch):
     repeatable_model.train()
     for epoch, order in zip(history, indices, strict=True):
         assert [len(index) for index in order] == [10] * 23
-        outputs = [(repeatable_model(mnist.normalise(images[index])), labels[index]) for index in order]
+        outputs = [(repeatable_model(mnist.normalize(images[index])), labels[index]) for index in order]
         losses = [F.cross_entropy(*pair).item() for pair in outputs]
         correct = sum((output.argmax(dim=1) == target).sum().item() for output, target in outputs)
         assert epoch["train_loss"] == pytest.approx(sum(losses) / 23, rel=1e-4)
@@ -97,11 +110,11 @@ def test_history_holds_means_of_epochs(repeatable_model, digits, monkeypatch):
 
 
 def test_training_augments_its_images(digits, monkeypatch):
-    normalised, normalise = [], mnist.normalise
+    normalized, normalize = [], mnist.normalize
     monkeypatch.setattr(mnist, "augment", lambda images: images.float() + 1)
-    monkeypatch.setattr(mnist, "normalise", lambda images: normalised.append(images) or normalise(images))
+    monkeypatch.setattr(mnist, "normalize", lambda images: normalized.append(images) or normalize(images))
     mnist.fit(mnist.Net(), digits(60), digits(10), epochs=1, batch_size=20, lr=0.01)
-    *training, testing = normalised
+    *training, testing = normalized
     assert [(len(images), images.min()) for images in training] == [(20, 1)] * 3
     assert testing.min() == 0
 
@@ -120,7 +133,7 @@ def test_junk_of_each_batch_is_drawn_anew(digits, monkeypatch):
 
 def test_infinite_loss_stops_the_run(small_mnist, tmp_path):
     (tmp_path / "mnist.pt").write_bytes(b"an earlier run")
-    with pytest.raises(mnist.UserError, match=r"the loss is (nan|inf) at epoch 1, step \d+: lower --lr"):
+    with pytest.raises(mnist.UserError, match=r"the loss is (nan|inf) at epoch 1, step \d+: try a lower --lr"):
         mnist.main(["--lr", "1e30", "--batch-size", "20", "--data-dir", small_mnist])
     assert (tmp_path / "mnist.pt").read_bytes() == b"an earlier run"
 
@@ -170,6 +183,14 @@ def test_momentum_is_that_of_torch(monkeypatch):
         assert torch.allclose(one, other, atol=1e-5)
 
 
+def test_linear_layer_follows_its_gradient():
+    layer = torch.nn.Linear(8, 3)
+    before = layer.weight.detach().clone()
+    layer(torch.randn(9, 8)).square().sum().backward()
+    mnist.Muon(layer).step(0.1)
+    assert torch.allclose(before - layer.weight, 0.1 * (1 + mnist.MOMENTUM) * layer.weight.grad, atol=1e-5)
+
+
 def test_filters_move_orthogonally():
     torch.manual_seed(0)
     model = torch.nn.Sequential(*[torch.nn.Conv2d(8, 8, 3) for _ in range(2)]).to(memory_format=torch.channels_last)
@@ -195,7 +216,7 @@ def test_classify_gives_logits_in_order(digits, monkeypatch):
     model, images = mnist.Net(), digits(100)[0][torch.randperm(100)]
     logits = mnist.classify(model.train(), images)
     assert not model.training  # so without dropout
-    assert torch.allclose(logits, model(mnist.normalise(images)), atol=1e-5)
+    assert torch.allclose(logits, model(mnist.normalize(images)), atol=1e-5)
 
 
 def test_test_gives_loss_and_correct(digits, monkeypatch):

@@ -1,11 +1,11 @@
 """Read handwritten digits from pictures: photographs, scans and drawings.
 
 Usage:
-    python predict.py digit.png photo.jpg       # a line for each: the number on it, and how probable each digit is
-    python predict.py --single *.heic           # one digit on each, even if it is in pieces
-    python predict.py --json *.png              # for programs: a line of JSON for each, with boxes and probabilities
-    python predict.py --show photo.jpg          # also write seen.png: each digit in a box, and what the network saw
-    python predict.py - < digit.png             # a picture from standard input
+    python tools/predict.py digit.png photo.jpg  # a line for each: its number, and how probable each digit is
+    python tools/predict.py --single *.heic      # one digit on each, even if it is in pieces
+    python tools/predict.py --json *.png         # for programs: a line of JSON for each, with boxes and probabilities
+    python tools/predict.py --show photo.jpg     # also write seen.png: each digit in a box, and what the network saw
+    python tools/predict.py - < digit.png        # a picture from standard input
 """
 
 import argparse
@@ -22,10 +22,10 @@ import warnings
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of mnist.py and of tools/
 
 import mnist
-import weights
+from tools import weights
 
 import numpy as np
 import torch
@@ -531,7 +531,7 @@ def write_sheet(rows, path):
         sheet.paste(row, (0, i * row.height))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    mnist.write(buffer.getvalue(), path)
+    mnist.write(path, buffer.getvalue())
 
 
 def expand(pattern):

@@ -1,9 +1,9 @@
 """Draw what the trained network learned: the curve, the confusions, the calibration, and every mistake.
 
 Usage:
-    python report.py                               # mnist.pt, else pretrained.pt; the figure goes to report.png
-    python report.py --out report.pdf              # or .svg
-    python report.py --augmentation --out row.png  # what training shows: a row of digits, augmented, and junk
+    python tools/report.py                               # mnist.pt, else pretrained.pt; the figure goes to report.png
+    python tools/report.py --out report.pdf              # or .svg
+    python tools/report.py --augmentation --out row.png  # what training shows: a row of digits, augmented, and junk
 """
 
 import argparse
@@ -12,10 +12,10 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of mnist.py and of tools/
 
 import mnist
-import weights
+from tools import weights
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -181,7 +181,7 @@ def parse_args(argv):
     add = parser.add_argument
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
     add("--data-dir", type=Path, default=mnist.DATA_DIR, help="data folder (default: $MNIST_DATA or data/)")
-    add("--out", type=mnist.writable, default="report.png", metavar="PATH", help="default: %(default)s; or .pdf, .svg")
+    add("--out", type=Path, default="report.png", metavar="PATH", help="default: %(default)s; or .pdf, .svg")
     add("--augmentation", action="store_true", help="draw a row of digits, augmented, and junk instead")
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in FORMATS:
@@ -192,6 +192,7 @@ def parse_args(argv):
 def main(argv=()):
     """Draw the figure that `argv` asks for and write it; return its path."""
     args = parse_args(argv)
+    mnist.write(args.out)  # raises OSError if it cannot be written
     if args.augmentation:
         figure = draw_augmentation(*mnist.load_mnist(args.data_dir)[0])
     else:
@@ -201,7 +202,7 @@ def main(argv=()):
         figure = draw_report(model, checkpoint, *mnist.load_mnist(args.data_dir)[1], name)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=args.out.suffix[1:].lower(), bbox_inches="tight", pad_inches=0.2)
-    mnist.write(buffer.getvalue(), args.out)
+    mnist.write(args.out, buffer.getvalue())
     plt.close(figure)
     print(f"Wrote {args.out}")
     return args.out

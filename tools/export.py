@@ -1,8 +1,8 @@
 """Export the trained network: as a page to draw digits on, or to ONNX, for other programs.
 
 Usage:
-    python export.py --out draw.html   # open it with a double click: it is one file and works offline
-    python export.py --out mnist.onnx  # uint8 images (N, 28, 28) in, probabilities (N, 10) out
+    python tools/export.py --out draw.html   # open it with a double click: it is one file and works offline
+    python tools/export.py --out mnist.onnx  # uint8 images (N, 28, 28) in, probabilities (N, 10) out
 """
 
 import argparse
@@ -11,11 +11,10 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of mnist.py and of tools/
 
 import mnist
-import predict
-import weights
+from tools import predict, weights
 
 import onnx
 import torch
@@ -23,7 +22,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-TEMPLATE = Path(__file__).with_name("assets") / "draw.html"
+TEMPLATE = Path(__file__).with_name("draw.html")
 PLACE = '<script id="exported" type="application/json">null</script>'  # where the data go in the template
 MISTAKES = 6  # misread test digits shown on the page
 
@@ -146,7 +145,7 @@ FORMATS = {".html": to_page, ".onnx": to_onnx}
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="export.py", description="Export the trained network as a page or to ONNX.")
     add = parser.add_argument
-    add("--out", type=mnist.writable, default="draw.html", metavar="PATH", help=".html or .onnx (default: %(default)s)")
+    add("--out", type=Path, default="draw.html", metavar="PATH", help=".html or .onnx (default: %(default)s)")
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
     add("--data-dir", type=Path, default=mnist.DATA_DIR, help="data folder (default: $MNIST_DATA or data/)")
     args = parser.parse_args(argv)
@@ -158,10 +157,11 @@ def parse_args(argv):
 def main(argv=()):
     """Write the file that `argv` asks for; return its path."""
     args = parse_args(argv)
+    mnist.write(args.out)  # raises OSError if it cannot be written
     model, _ = weights.load(path := weights.find(args.model))
     print(f"Using the weights in {path}")
     content = FORMATS[args.out.suffix.lower()](model, *mnist.load_mnist(args.data_dir)[1])
-    mnist.write(content, args.out)
+    mnist.write(args.out, content)
     print(f"Wrote {args.out} ({len(content) / 1000:.0f} kB)")
     return args.out
 
