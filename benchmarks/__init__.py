@@ -1,0 +1,64 @@
+"""What the benchmarks share: numbers in options, and what a result says of its origin."""
+
+import argparse
+import platform
+import re
+import shlex
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import mnist
+
+import torch
+
+ROOT = Path(mnist.__file__).resolve().parent
+
+
+def positive(text):
+    """Return a whole number above 0: an argparse type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def command_of(name, argv):
+    """Return the command that runs a benchmark with `argv`, without the place of its output."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out")
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *parser.parse_known_args(argv)[1]])
+
+
+def commit():
+    """Return the commit that is checked out, "-dirty" after it if files but results differ; None outside a checkout."""
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "HEAD").strip() + "-dirty" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cpu_name():
+    """Return the processor's name and, on Linux, its family and model: a name such as AMD EPYC covers many."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    name = found.get("model name", platform.machine())
+    return f"{name} (family {found.get('cpu family')}, model {found.get('model')})"
+
+
+def machine():
+    """Return what a result says of the machine and of the versions that it was made with."""
+    return {
+        "cpu": cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "torchvision")},
+    }

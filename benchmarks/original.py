@@ -1,7 +1,7 @@
 """Train the same network with the recipe it was published with, on the CPU, to compare mnist.py with.
 
-Adam with a fixed learning rate, batches of 128, images rotated and shifted one by one as PIL images, and a ReLU on the
-logits.
+Adam with a fixed learning rate, batches of 128, a ReLU on the logits, and images rotated and shifted one by one, here
+as PIL images: https://github.com/cr21/mnist-less-than-25k. There it ended at 99.45 % after 20 epochs.
 
 Usage, in the folder of mnist.py:
     python -m benchmarks.original                # 20 epochs
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import mnist
+from benchmarks import positive
 
 import torch
 import torch.nn.functional as F
@@ -47,16 +48,15 @@ class Images(torch.utils.data.Dataset):
 
 def main(argv=()):
     """Train as the options `argv` say; return the history: each epoch's accuracy in % and its seconds."""
-    count = mnist.in_range(int, 1, 1_000_000)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.original", description="Train with the original recipe."
     )
     add = parser.add_argument
-    add("--epochs", type=count, default=EPOCHS, help="default: %(default)s")
+    add("--epochs", type=positive, default=EPOCHS, help="default: %(default)s")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--data-dir", type=Path, default=mnist.DATA_DIR, help="folder of the data")
     add("--dry-run", action="store_true", help="train and test on a single batch")
-    add("--out", type=mnist.writable, metavar="PATH", help="also write the history here, as JSON")
+    add("--out", type=Path, metavar="PATH", help="also write the history here, as JSON")
     args = parser.parse_args(argv)
 
     torch.manual_seed(args.seed)
@@ -85,7 +85,7 @@ def main(argv=()):
         history.append({"accuracy": 100 * correct / len(test_set), "seconds": time.perf_counter() - start})
         print(f"Epoch {epoch}: Test Accuracy: {history[-1]['accuracy']:.2f}%, {history[-1]['seconds']:.1f} s")
     if args.out:
-        mnist.write(json.dumps(history).encode(), args.out)
+        mnist.write(args.out, json.dumps(history).encode())
     return history
 
 

@@ -1,4 +1,4 @@
-"""Measure predict.py on pictures such as people have, made from MNIST's test digits, on data sets or your own.
+"""Measure tools/predict.py on simulated pictures, made from MNIST's test digits, on data sets or on your own pictures.
 
 Usage, in the folder of mnist.py:
     python -m benchmarks.pictures                   # a Markdown table: the accuracy on each kind of picture
@@ -21,8 +21,8 @@ import math
 from pathlib import Path
 
 import mnist
-import predict
-import weights
+from benchmarks import command_of, commit, machine, positive
+from tools import predict, weights
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from sklearn.datasets import load_digits
 
-TEST_SIZE = 10_000
 DATA_SETS = {  # how torchvision.datasets loads their test digits
     "EMNIST": {"train": False, "split": "digits"},
     "QMNIST": {"train": False},
@@ -276,18 +275,28 @@ def load_dataset(name):
     yield name, pictures, [str(int(label)) for label in labels]
 
 
-def invert_and_resize(image):
-    """Return what the usual two lines make of a picture: uint8 (28, 28)."""
-    return torch.from_numpy(np.array(ImageOps.invert(image.convert("L")).resize((28, 28))))
+def by_hand(image):
+    """Bring a picture to MNIST's form as a careful person does in ten lines, those of tools/README.md: (28, 28)."""
+    grey = ImageOps.autocontrast(ImageOps.exif_transpose(image).convert("L"))
+    pixels = np.asarray(grey)
+    if np.median([*pixels[0], *pixels[-1], *pixels[:, 0], *pixels[:, -1]]) > 127:  # the border is light
+        grey = ImageOps.invert(grey)
+    digit = grey.crop(grey.point(lambda value: 255 * (value > 127)).getbbox())
+    digit = ImageOps.contain(digit, (20, 20))
+    ink = np.asarray(digit) + 1e-9
+    y, x = (np.average(places, weights=ink) for places in np.indices(ink.shape))  # the center of mass
+    form = Image.new("L", (28, 28))
+    form.paste(digit, (round(13.5 - x), round(13.5 - y)))
+    return np.asarray(form)
 
 
 def measure(model, pictures, labels):
     """Read PIL images, or files of pictures, and compare the answers with the labels.
 
-    Returns shares of the pictures in %, and predict.to_row() of each mistake. The share that is right if merely
-    inverted and resized is None where a label is not one digit.
+    Returns shares of the pictures in %, and predict.to_row() of each mistake. The share that is right if prepared
+    by_hand() is None where a label is not one digit.
     """
-    right, sure, plain, mistakes = [], [], [], []
+    right, sure, ten_lines, mistakes = [], [], [], []
     for picture, label in zip(pictures, labels, strict=True):
         image, lines, result = Image.new("L", (28, 28)), [], None
         try:
@@ -300,39 +309,42 @@ def measure(model, pictures, labels):
         sure.append(result is not None and result["sure"])
         answer = result and result["number"].replace(" ", "")
         right.append(answer == label.replace(" ", "") if label else not sure[-1])
-        plain.append(str(mnist.classify(model, invert_and_resize(image)[None]).argmax().item()) == label)
+        form = torch.tensor(by_hand(image)).unsqueeze(0)
+        ten_lines.append(str(mnist.classify(model, form).argmax().item()) == label)
         if not right[-1]:
             name = picture.name if isinstance(picture, Path) else "it"
             mistakes.append(predict.to_row(image, lines, f"{name} is {label or 'no digit'}{caption}"))
     right, sure = np.array(right), np.array(sure)
-    shares = {"predict": right, "not sure": ~sure, "wrong, but sure": sure & ~right, "plain": plain}
-    shares = {name: 100 * np.mean(values).item() for name, values in shares.items()}
+    shares = {"right": right, "not sure": ~sure, "wrong, but sure": sure & ~right, "ten lines": ten_lines}
+    shares = {"n": len(labels)} | {name: 100 * np.mean(values).item() for name, values in shares.items()}
     if any(len(label) != 1 for label in labels):
-        shares["plain"] = None
+        shares["ten lines"] = None
     return shares, mistakes
 
 
 def main(argv=()):
     """Print the table. Returns, by the name of each kind, what it shows in %."""
-    count = mnist.in_range(int, 1, TEST_SIZE)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.pictures", description="Measure predict.py on pictures of many kinds."
     )
     one = parser.add_mutually_exclusive_group()
     one.add_argument("folder", nargs="?", type=Path, help="of labelled pictures (default: pictures made from MNIST)")
     one.add_argument("--dataset", choices=DATA_SETS, help="of torchvision.datasets: its test digits")
-    parser.add_argument("--images", type=count, default=1000, help="of the test set (default: %(default)s)")
+    parser.add_argument("--images", type=positive, default=1000, help="of the test set (default: %(default)s)")
     parser.add_argument("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
-    parser.add_argument("--out", type=mnist.writable, metavar="PATH", help="also write the figures here, as JSON")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="also write the figures here, as JSON")
     args = parser.parse_args(argv)
+    if args.out:
+        mnist.write(args.out)  # raises OSError if the figures cannot be written later
+    origin = {"command": command_of("pictures", argv), "commit": commit(), **machine()}
     model, _ = weights.load(path := weights.find(args.model))
     print(f"With {path}, in %:\n")
-    print("| picture | n | right | not sure | wrong, but sure | invert and resize |\n| --- |" + " --- |" * 5)
-    results, mistakes, counts = {}, [], []
+    print("| picture | n | right | not sure | wrong, but sure | ten lines |\n| --- |" + " --- |" * 5)
+    results, mistakes = {}, []
 
-    def report(kind, count):
-        shares = ["" if share is None else f"{share:.1f}" for share in results[kind].values()]
-        print(f"| {kind} | {count} | {' | '.join(shares)} |")
+    def report(kind):
+        n, *shares = results[kind].values()
+        print(f"| {kind} | {n} | {' | '.join('' if share is None else f'{share:.1f}' for share in shares)} |")
 
     if args.folder:
         source = labelled(args.folder)
@@ -341,20 +353,20 @@ def main(argv=()):
     for kind, pictures, labels in source:
         results[kind], more = measure(model, pictures, labels)
         mistakes += more
-        counts.append(len(labels))
-        report(kind, counts[-1])
-    if args.folder and len(counts) > 1:
+        report(kind)
+    if args.folder and len(results) > 1:
+        counts = [shares["n"] for shares in results.values()]
         columns = {name: [shares[name] for shares in results.values()] for name in results[kind]}
         results["all"] = {
             name: None if None in column else np.average(column, weights=counts).item()
             for name, column in columns.items()
-        }
-        report("all", sum(counts))
+        } | {"n": sum(counts)}
+        report("all")
     if mistakes:
         predict.write_sheet(mistakes[:MOST], SHEET)
         print(f"\n{min(len(mistakes), MOST)} of {len(mistakes)} mistakes are shown in {SHEET}.")
     if args.out:
-        mnist.write((json.dumps(results, indent=2) + "\n").encode(), args.out)
+        mnist.write(args.out, (json.dumps({**origin, "kinds": results}, indent=1) + "\n").encode())
     return results
 
 
