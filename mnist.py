@@ -135,14 +135,14 @@ def train_batches(losses, batches, digits):
         yield from torch.multinomial(losses.clamp(MIN_WEIGHT, MAX_WEIGHT), count * digits).split(digits)
 
 
-def center_and_scale(images):
-    """Bring what float images (B, 28, 28) show to MNIST's form: 20 pixels wide or high, centered by its mass."""
+def centre_and_scale(images):
+    """Bring what float images (B, 28, 28) show to MNIST's form: 20 pixels wide or high, centred by its mass."""
     at = torch.linspace(-1, 1, 28, device=images.device)  # of each pixel, as grid_sample measures
     ink = torch.stack([images.amax(1), images.amax(2)]) > 64  # (2, B, 28): in which columns, in which rows
     extents = torch.where(ink, at, -1).amax(2) - torch.where(ink, at, 1).amin(2)
     scale = extents.amax(0) / 2 * 28 / 20
-    centers = torch.stack([images.sum(1), images.sum(2)]) @ at / images.sum((1, 2)).clamp(min=1)
-    x, y = centers.unsqueeze(2) + scale.unsqueeze(1) * at  # (B, 28) each: where the new pixels come from
+    centres = torch.stack([images.sum(1), images.sum(2)]) @ at / images.sum((1, 2)).clamp(min=1)
+    x, y = centres.unsqueeze(2) + scale.unsqueeze(1) * at  # (B, 28) each: where the new pixels come from
     grid = torch.stack(torch.broadcast_tensors(x.unsqueeze(1), y.unsqueeze(2)), dim=3)
     return F.grid_sample(images.unsqueeze(1), grid, align_corners=True).squeeze(1)
 
@@ -173,7 +173,7 @@ def make_junk(images, labels):
         255 * (strength * distances(12) + 0.5).clamp(0, 1),  # textures, of any contrast
         255 * (1 + 1.5 * strength - distances(5).abs()).clamp(0, 1),  # scribbles, 1 to 4 pixels thick
     ]
-    return center_and_scale(torch.cat(kinds)).byte()
+    return centre_and_scale(torch.cat(kinds)).byte()
 
 
 def vary_strokes(images):

@@ -284,7 +284,7 @@ def by_hand(image):
     digit = grey.crop(grey.point(lambda value: 255 * (value > 127)).getbbox())
     digit = ImageOps.contain(digit, (20, 20))
     ink = np.asarray(digit) + 1e-9
-    y, x = (np.average(places, weights=ink) for places in np.indices(ink.shape))  # the center of mass
+    y, x = (np.average(places, weights=ink) for places in np.indices(ink.shape))  # the centre of mass
     form = Image.new("L", (28, 28))
     form.paste(digit, (round(13.5 - x), round(13.5 - y)))
     return np.asarray(form)

@@ -62,9 +62,9 @@ def calibration_error(path, data_dir, validate):
 
 def train_once(seed, args):
     """Run mnist.py, changed as --set says, with one seed; return the figures of the run, as a dictionary for JSON."""
-    changes = "".join(f"; mnist.{name} = {value}" for name, value in args.set.items())
-    changed = f"import sys, mnist, torch; from benchmarks import original, seeds{changes}; "
-    program = ["-c", f"{changed}mnist.run(mnist.main)"] if args.set else ["mnist.py"]
+    changes = "".join(f"mnist.{name} = {value}; " for name, value in args.set.items())
+    originals = "from benchmarks import original; " * ("original." in changes)  # it takes time to import
+    program = ["-c", f"import mnist, torch; {originals}{changes}mnist.run(mnist.main)"] if args.set else ["mnist.py"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "mnist.pt")
         options = ["--seed", seed, "--epochs", args.epochs, "--device", args.device, "--precision", args.precision]
@@ -72,8 +72,9 @@ def train_once(seed, args):
         options += ["--validate"] * args.validate + ["--dry-run"] * args.dry_run
         seconds, _ = run_python([*program, *options], args.threads)
         results = torch.load(path, weights_only=True)
-        call = f"print(seeds.calibration_error(*sys.argv[1:3], {args.validate}))"
-        _, error = run_python(["-c", changed + call, path, args.data_dir], args.threads)
+        call = f"print(seeds.calibration_error({str(path)!r}, {str(args.data_dir)!r}, {args.validate}))"
+        program = ["-c", f"import mnist, torch; from benchmarks import original, seeds; {changes}{call}"]
+        _, error = run_python(program, args.threads)
     return {
         "seed": seed,
         "commit": args.commit,
@@ -132,6 +133,7 @@ def settings_of(args):
 
 SETTINGS = {"epochs": int, "validate": bool, "changes": dict, "baseline_epochs": int, "precision": str, "cpu": str}
 SETTINGS |= {"threads": (int, str), "torch": str}
+MACHINE = ("cpu", "gpu", "capability", "threads", "side_by_side", "precision")  # may differ in the parts of a join
 FIGURES = ("accuracy", "loss", "training_seconds", "process_seconds")
 BASELINE_FIGURES = ("accuracy", "extrapolated_seconds")
 
@@ -350,7 +352,7 @@ def join(args):
         values = [part["settings"].get(name) for part in parts]
         if all(value == values[0] for value in values):
             settings[name] = values[0]
-        elif name in ("cpu", "gpu", "capability", "threads", "precision"):  # hosted runners are not all of one kind
+        elif name in MACHINE:  # hosted runners are not all of one kind
             settings[name] = " or ".join(sorted({str(value) for value in values}))
         else:
             raise mnist.UserError(f"the files differ in {name}: {', '.join(str(value) for value in values)}")

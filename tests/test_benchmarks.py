@@ -11,7 +11,7 @@ from pathlib import Path
 
 import benchmarks
 import mnist
-from benchmarks import pictures, seeds
+from benchmarks import pictures, seeds, tables
 from tools import predict, report, weights
 
 import numpy as np
@@ -350,6 +350,35 @@ def test_contributing_shows_a_real_comparison(folder, capsys):
     seeds.main(["--compare", "before.json", "after.json"])
     shown = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert all(f"   {line}\n" in shown for line in capsys.readouterr().out.splitlines())
+
+
+def test_readmes_hold_the_tables():
+    for path in tables.READMES:
+        text = path.read_text(encoding="utf-8")
+        assert text == tables.filled(text), path
+    made = re.findall(r"<!-- (\w+) -->\n\|", "".join(path.read_text(encoding="utf-8") for path in tables.READMES))
+    assert sorted(made) == ["ablation", "accuracy", "pictures", "seconds", "times", "worth"]
+
+
+def test_every_result_is_in_a_table():
+    readme = RESULTS.with_name("README.md").read_text(encoding="utf-8")
+    for path in RESULTS.rglob("*.json"):
+        assert path.relative_to(RESULTS.parent).as_posix() in readme
+
+
+def test_script_claims_the_results():
+    summary = tables.load("default.json")[1]
+    mean, std, lowest = (summary[f"accuracy_{name}"] for name in ("mean", "std", "min"))
+    claim = f"{summary['n']} seeds it ended at {mean:.2f} % on average, {lowest:.2f} % at least (std {std:.3f};"
+    assert claim in mnist.__doc__
+    assert not summary["seeds_at_or_below_99.40"]
+
+
+def test_histogram_shows_every_seed():
+    ax = tables.draw_histogram().axes[0]
+    accuracies = [run["accuracy"] for run in tables.load("default.json")[0]["runs"]]
+    bars = {round(bar.get_x() + bar.get_width() / 2, 2): bar.get_height() for bar in ax.patches}
+    assert bars == {accuracy: accuracies.count(accuracy) for accuracy in set(accuracies)}
 
 
 # --- Pictures ------------------------------------------------------------------------------------------------------

@@ -368,11 +368,13 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "tests/README.md"])
+PAGES = ("README.md", "benchmarks/README.md", "tests/README.md", "tools/README.md", ".github/CONTRIBUTING.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    outside = ("http", "../../actions", "../../deployments")  # the last two are pages of GitHub
-    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not link.startswith(outside)]
-    assert links
+    outside = ("http", "../../actions")  # the latter are pages of GitHub
+    links = [link for link in re.findall(r"(?:\]\(|src=\")([^)#\"]+)", text) if not link.startswith(outside)]
     for link in links:
         assert (ROOT / page).parent.joinpath(link).exists(), link

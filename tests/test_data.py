@@ -308,16 +308,16 @@ def test_digits_among_junk_are_changed(monkeypatch):
     seven[:, 4:7, 8:20] = seven[:, 4:24, 17:20] = 255
     junk = mnist.make_junk(seven, torch.tensor([7])).float()
     expected = [255 - seven, seven.rot90(1, (1, 2)), seven.rot90(-1, (1, 2)), seven.flip(2)]
-    forms = mnist.center_and_scale(torch.cat(expected).float())
+    forms = mnist.centre_and_scale(torch.cat(expected).float())
     assert len(junk) == 7
     for one, form in zip(junk, forms, strict=False):
         assert (one - form).abs().mean() < 1
-    assert all((one - mnist.center_and_scale(seven.float())).abs().mean() > 20 for one in junk)
+    assert all((one - mnist.centre_and_scale(seven.float())).abs().mean() > 20 for one in junk)
 
 
 def test_junk_varies_in_contrast_and_thickness(digits, monkeypatch):
     monkeypatch.setattr(mnist, "JUNK_SIZE", 400)
-    monkeypatch.setattr(mnist, "center_and_scale", lambda images: images)
+    monkeypatch.setattr(mnist, "centre_and_scale", lambda images: images)
     monkeypatch.setattr(torch, "rand", lambda *size, device: torch.linspace(0, 1, 400).view(size))
     torch.manual_seed(0)
     textures, scribbles = mnist.make_junk(*digits(500))[-800:].split(400)
