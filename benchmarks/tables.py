@@ -131,7 +131,8 @@ def worth():
 def pictures():
     """Return the table of the kinds of simulated pictures."""
     rows = [("simulated picture", "right", "not sure", "wrong, but sure", "right in ten lines")]
-    for kind, (_, *shares) in json.loads((RESULTS / "pictures.json").read_text())["kinds"].items():
+    for kind, figures in json.loads((RESULTS / "pictures.json").read_text())["kinds"].items():
+        _, *shares = figures.values()
         rows.append((kind, *("" if share is None else f"{share:.1f} %" for share in shares)))
     return table(*rows)
 

@@ -128,15 +128,19 @@ def test_data_dir_has_two_defaults():
     assert mnist.parse_args(["--dry-run", "--data-dir", "here"]).data_dir == Path("here")
 
 
-def test_validation_is_the_last_10_000(small_mnist, digits, monkeypatch):
-    sets = []
-    monkeypatch.setattr(mnist, "fit", lambda model, *args: sets.extend(args) or [{"test_loss": 9, "test_accuracy": 99}])
-    mnist.main(["--validate", "--data-dir", small_mnist])
-    images, labels = digits(500)
-    for (set_images, set_labels), part in zip(sets[:2], (slice(400), slice(400, 500)), strict=True):
-        assert torch.equal(set_images, images[part])
-        assert torch.equal(set_labels, labels[part])
-    assert sets[-1] == "validation"
+def test_validation_is_the_last_10_000(tmp_path, monkeypatch):
+    given = []
+    train_set, test_set = ((torch.arange(n).view(n, 1, 1).expand(n, 28, 28), torch.arange(n)) for n in (60_000, 9))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mnist, "load_mnist", lambda *_: (train_set, test_set))
+    monkeypatch.setattr(
+        mnist, "fit", lambda model, *args: given.extend(args) or [{"test_loss": 9, "test_accuracy": 99}]
+    )
+    mnist.main(["--validate"])
+    for (images, labels), part in zip(given[:2], (range(50_000), range(50_000, 60_000)), strict=True):
+        assert torch.equal(images[:, 0, 0], labels)
+        assert labels.tolist() == list(part)
+    assert given[-1] == "validation"
 
 
 def test_main_returns_and_saves_results(small_mnist):

@@ -190,6 +190,7 @@ def test_failed_download_is_one_line(fault, mirror, raw, small_mnist, monkeypatc
         mnist.load_mnist(small_mnist)
     message = str(error.value)
     assert "\n" not in message
+    assert ("timed out" in message) == (fault == "silent")
     assert message.startswith(f"cannot download MNIST to {raw} (")
     assert message.endswith("there, or name their folder with --data-dir or MNIST_DATA")
     assert list(raw.iterdir()) == []
