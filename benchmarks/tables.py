@@ -93,7 +93,7 @@ def times():
 
 def seconds():
     """Return the times alone."""
-    rows = [("two threads of", "n", "median (range)")]
+    rows = [("whole process, two threads of", "n", "median (range)")]
     for name in TIMES:
         benchmark, summary = load(name)
         rows.append((machine_of(benchmark["settings"]), str(summary["n"]), seconds_of(benchmark)))
