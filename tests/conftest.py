@@ -87,9 +87,7 @@ def start(small_mnist, tmp_path):
     """A function that starts mnist.py as a process on the small data, after the Python code in `setup`."""
     processes = []
 
-    def start(*args, setup="", mirrors=(), **options):
-        if mirrors:
-            setup += f"\nfrom torchvision.datasets import MNIST; MNIST.mirrors = {mirrors!r}"
+    def start(*args, setup="", **options):
         code = DRIVER.format(files=mnist.FILES, setup=setup)
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path} | options
         options["env"] = {
