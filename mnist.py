@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "tqdm>=4.66", "torchsummary>=1.5"]
 # ///
-"""Train an 18,242-parameter CNN on MNIST past 99.4 % test accuracy, in half a minute to a few on two CPU cores.
+"""Train an 18,242-parameter CNN on MNIST past 99.4 % test accuracy, in half a minute to a few minutes on two CPU cores.
 
 Over n = 40 seeds it ended at 99.56 % on average, 99.42 % at least (std 0.045; an AMD EPYC, bfloat16, torch 2.14.1).
 
@@ -116,7 +116,7 @@ def load_mnist(data_dir, device="cpu"):
     (ink), and int64 labels (N,). Raises UserError if a file is not MNIST's, or is missing and cannot be downloaded.
     """
     folder = Path(data_dir).expanduser()
-    if None in [find(folder, name) for name in FILES]:
+    if not all(find(folder, name) for name in FILES):
         download(folder)
     images, labels, test_images, test_labels = (read_idx(find(folder, name), FILES[name]).to(device) for name in FILES)
     return (images, labels.long()), (test_images, test_labels.long())
@@ -300,8 +300,8 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, precision=torch.floa
         total_loss, correct, start = 0, 0, time.perf_counter()
         with tqdm(train_batches(losses, batches, digits), f"Epoch {epoch}", batches, disable=not shows_bar) as bar:
             for count, index in enumerate(bar, start=1):
-                data = torch.cat([images[index], junk[torch.randint(len(junk), [JUNK], device=device)]])
                 target = torch.cat([F.one_hot(labels[index], 10), uniform])
+                data = torch.cat([images[index], junk[torch.randint(len(junk), [JUNK], device=device)]])
                 data = normalize(augment(data))
                 with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                     output = model(data).float()
@@ -310,8 +310,8 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, precision=torch.floa
                 batch_losses.mean().backward()
                 optimizer.step(learning_rate((epoch - 1) * batches + count, epochs * batches, lr))
 
-                losses[index] = batch_losses[:digits].detach()
-                total_loss += batch_losses[:digits].mean().item()
+                losses[index] = digit_losses = batch_losses[:digits].detach()
+                total_loss += digit_losses.mean().item()
                 correct += (output[:digits].argmax(dim=1) == labels[index]).sum().item()
                 train_loss, train_accuracy = total_loss / count, 100 * correct / (count * digits)
                 bar.set_postfix_str(f"loss={train_loss:.4f}, acc={train_accuracy:.2f}%", refresh=False)
@@ -346,7 +346,7 @@ def main(argv=()):
     if args.summary:
         return summary(model, (1, 28, 28), device="cpu")
     if args.save_model:
-        write(args.save_model)  # raises OSError if the weights cannot be saved later
+        write(args.save_model)  # raises OSError now if the weights could not be saved later
     # On MPS channels_last is slow or wrong: github.com/pytorch/pytorch/issues/175189, 175190 and 193349.
     layout = torch.contiguous_format if args.device.type == "mps" else torch.channels_last
     model.to(args.device, memory_format=layout)
@@ -374,7 +374,7 @@ def main(argv=()):
         write(args.save_model, buffer.getvalue())
     print(f"Trained in {results['seconds']:.0f} s" + f"; the weights are in {args.save_model}" * bool(args.save_model))
     if results["test_accuracy"] < MIN_ACCURACY and not args.dry_run:
-        print("mnist.py: warning: it did not learn, as it does with the default options", file=sys.stderr)
+        print("mnist.py: warning: the network did not learn; with the default options it does", file=sys.stderr)
     return results
 
 

@@ -49,7 +49,8 @@ def test_above_99_4_percent_within_20_epochs(tmp_path):
     assert results["test_accuracy"] > 99.4
 
     # The saved weights are the ones that were tested.
-    model, checkpoint = mnist.Net().to(device := results["settings"]["device"]), torch.load(path, weights_only=True)
+    device = results["settings"]["device"]
+    model, checkpoint = mnist.Net().to(device), torch.load(path, weights_only=True)
     model.load_state_dict(checkpoint["state_dict"])
     loss, correct = mnist.test(model, *mnist.load_mnist(mnist.DATA_DIR, device)[1])
     assert correct / 100 == results["test_accuracy"] == checkpoint["test_accuracy"]

@@ -1,6 +1,7 @@
 """What the benchmarks share: numbers in options, and what a result says of its origin."""
 
 import argparse
+import contextlib
 import platform
 import re
 import shlex
@@ -30,7 +31,7 @@ def command_of(name, argv):
 
 
 def commit():
-    """Return the commit that is checked out, "-dirty" after it if files but results differ; None outside a checkout."""
+    """Return the commit checked out, with "-dirty" if more than results/ has changed since; None outside a checkout."""
 
     def git(*arguments):
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout
@@ -43,14 +44,12 @@ def commit():
 
 
 def cpu_name():
-    """Return the processor's name and, on Linux, its family and model: a name such as AMD EPYC covers many."""
-    try:
+    """Return the processor's name with its family and model where Linux tells them: an AMD EPYC may be one of many."""
+    with contextlib.suppress(OSError, KeyError):  # an ARM processor has neither
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
-    name = found.get("model name", platform.machine())
-    return f"{name} (family {found.get('cpu family')}, model {found.get('model')})"
+        found = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+        return f"{found['model name']} (family {found['cpu family']}, model {found['model']})"
+    return platform.processor() or platform.machine()
 
 
 def machine():

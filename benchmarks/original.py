@@ -58,6 +58,8 @@ def main(argv=()):
     add("--dry-run", action="store_true", help="train and test on a single batch")
     add("--out", type=Path, metavar="PATH", help="also write the history here, as JSON")
     args = parser.parse_args(argv)
+    if args.out:
+        mnist.write(args.out)  # raises OSError now if it could not be written later
 
     torch.manual_seed(args.seed)
     to_tensor = [transforms.ToTensor(), transforms.Normalize((mnist.MEAN,), (mnist.STD,))]

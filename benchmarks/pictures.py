@@ -276,13 +276,13 @@ def load_dataset(name):
 
 
 def by_hand(image):
-    """Bring a picture to MNIST's form as a careful person does in ten lines, those of tools/README.md: (28, 28)."""
+    """Bring a picture to MNIST's form, uint8 (28, 28), in ten careful lines: those of tools/README.md."""
     grey = ImageOps.autocontrast(ImageOps.exif_transpose(image).convert("L"))
     pixels = np.asarray(grey)
     if np.median([*pixels[0], *pixels[-1], *pixels[:, 0], *pixels[:, -1]]) > 127:  # the border is light
         grey = ImageOps.invert(grey)
     digit = grey.crop(grey.point(lambda value: 255 * (value > 127)).getbbox())
-    digit = ImageOps.contain(digit, (20, 20))
+    digit = digit.resize([max(1, round(20 * side / max(digit.size))) for side in digit.size])
     ink = np.asarray(digit) + 1e-9
     y, x = (np.average(places, weights=ink) for places in np.indices(ink.shape))  # the centre of mass
     form = Image.new("L", (28, 28))
@@ -297,6 +297,7 @@ def measure(model, pictures, labels):
     by_hand() is None where a label is not one digit.
     """
     right, sure, ten_lines, mistakes = [], [], [], []
+    one_digit_each = all(len(label) == 1 for label in labels)
     for picture, label in zip(pictures, labels, strict=True):
         image, lines, result = Image.new("L", (28, 28)), [], None
         try:
@@ -309,17 +310,16 @@ def measure(model, pictures, labels):
         sure.append(result is not None and result["sure"])
         answer = result and result["number"].replace(" ", "")
         right.append(answer == label.replace(" ", "") if label else not sure[-1])
-        form = torch.tensor(by_hand(image)).unsqueeze(0)
-        ten_lines.append(str(mnist.classify(model, form).argmax().item()) == label)
+        if one_digit_each:
+            form = torch.tensor(by_hand(image)).unsqueeze(0)
+            ten_lines.append(str(mnist.classify(model, form).argmax().item()) == label)
         if not right[-1]:
             name = picture.name if isinstance(picture, Path) else "it"
             mistakes.append(predict.to_row(image, lines, f"{name} is {label or 'no digit'}{caption}"))
     right, sure = np.array(right), np.array(sure)
-    shares = {"right": right, "not sure": ~sure, "wrong, but sure": sure & ~right, "ten lines": ten_lines}
-    shares = {"n": len(labels)} | {name: 100 * np.mean(values).item() for name, values in shares.items()}
-    if any(len(label) != 1 for label in labels):
-        shares["ten lines"] = None
-    return shares, mistakes
+    columns = {"right": right, "not sure": ~sure, "wrong, but sure": sure & ~right, "ten lines": ten_lines}
+    shares = {name: 100 * np.mean(values).item() if len(values) else None for name, values in columns.items()}
+    return {"n": len(labels)} | shares, mistakes
 
 
 def main(argv=()):
@@ -335,7 +335,7 @@ def main(argv=()):
     parser.add_argument("--out", type=Path, metavar="PATH", help="also write the figures here, as JSON")
     args = parser.parse_args(argv)
     if args.out:
-        mnist.write(args.out)  # raises OSError if the figures cannot be written later
+        mnist.write(args.out)  # raises OSError now if the figures could not be written later
     origin = {"command": command_of("pictures", argv), "commit": commit(), **machine()}
     model, _ = weights.load(path := weights.find(args.model))
     print(f"With {path}, in %:\n")

@@ -211,7 +211,7 @@ def print_summary(benchmark):
         times, (low, high) = summary["times_faster"], summary["times_faster_range"]
         print(
             f"{original.EPOCHS} epochs of the original on the CPU, from {settings['baseline_epochs']}: "
-            f"{summary['baseline_seconds']:.0f} s, {times:.1f} times the time ({low:.1f} to {high:.1f})"
+            f"{summary['baseline_seconds']:.0f} s, {times:.1f} times as long ({low:.1f} to {high:.1f})"
         )
 
 
@@ -382,7 +382,7 @@ def main(argv=()):
     if args.compare:
         return print_comparison(args.compare)
     if args.out:
-        mnist.write(args.out)  # raises OSError if the results cannot be written later
+        mnist.write(args.out)  # raises OSError now if the results could not be written later
     command = {"command": command_of("seeds", argv)}
     if args.join:
         benchmark = command | join(args)

@@ -74,16 +74,29 @@ def test_calibration_is_that_of_the_changed_program(change, small_mnist, folder,
     assert f"; mnist.{change.replace('=', ' = ', 1)}; print(seeds.calibration_error(" in calibration
 
 
-def test_calibration_error_is_of_the_images_tested(small_mnist, folder):
+def test_calibration_error_is_of_the_images_tested(digits, folder, monkeypatch):
+    (images, labels), (test_images, test_labels) = digits(500), digits(100)
+    train_set, test_set = (images, labels), (test_images, (test_labels + 1) % 10)
+    validation_set = (255 - images[400:], labels[400:])
+    train_set[0][400:] = validation_set[0]
+    monkeypatch.setattr(mnist, "VALIDATION_SIZE", 100)
+    monkeypatch.setattr(mnist, "load_mnist", lambda _: (train_set, test_set))
+    model, _ = weights.load("mnist.pt")
     errors = []
-    for validate in (False, True):
-        errors.append(seeds.calibration_error("mnist.pt", small_mnist, validate))
-        model, _ = weights.load("mnist.pt")
-        train_set, test_set = mnist.load_mnist(small_mnist)
-        images, labels = [part[-100:] for part in train_set] if validate else test_set
+    for validate, (images, labels) in ((False, test_set), (True, validation_set)):
+        errors.append(seeds.calibration_error("mnist.pt", "data", validate))
         probabilities = mnist.classify(model, images).softmax(dim=1)
         assert errors[-1] == pytest.approx(100 * report.reliability(probabilities, labels)[-1])
-    assert errors[0] > 0
+    assert errors[0] != errors[1]
+
+
+def test_processor_is_named(monkeypatch):
+    x86 = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n"
+    monkeypatch.setattr(Path, "read_text", lambda _: x86)
+    assert benchmarks.cpu_name() == "AMD EPYC (family 25, model 1)"
+    monkeypatch.setattr(Path, "read_text", lambda _: "processor\t: 0\nCPU architecture: 8\n")
+    monkeypatch.setattr("platform.processor", lambda: "aarch64")
+    assert benchmarks.cpu_name() == "aarch64"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +138,7 @@ def test_statistics_of_the_runs(runs, capsys):
     out = capsys.readouterr().out
     assert "Test accuracy 99.550 % ± 0.129, min 99.40 %, n = 4; 1 at or below 99.40 %\n" in out
     assert "Loss 25.0000, calibration error 25.00 %\n" in out
-    assert "20 epochs of the original on the CPU, from 2: 600 s, 25.0 times the time (15.0 to 60.0)\n" in out
+    assert "20 epochs of the original on the CPU, from 2: 600 s, 25.0 times as long (15.0 to 60.0)\n" in out
 
 
 def test_one_run_has_no_deviation(runs, capsys):
@@ -198,6 +211,9 @@ def test_partial_join_records_what_is_missing(runs):
     results = seeds.main([*options, "--partial", "--out", "all.json"])
     assert results["missing"] == [1]
     assert [run["seed"] for run in results["runs"]] == [0, 2, 3]
+    continued = seeds.main(["--seeds", "4", "--out", "all.json"])
+    assert [run["seed"] for run in continued["runs"]] == [0, 1, 2, 3]
+    assert "missing" not in continued
     with pytest.raises(mnist.UserError, match="once"):
         seeds.main(["--seeds", "4", "--partial", "--join", "shard1.json", "shard1.json"])
 
@@ -392,6 +408,14 @@ def test_every_kind_of_picture_is_measured(small_mnist, folder, monkeypatch, cap
     assert saved["command"] == "python -m benchmarks.pictures --images 2"
     assert list(results)[:-4] == list(pictures.KINDS)
     assert capsys.readouterr().out.count("| 2 |") == len(results)
+
+
+def test_ten_lines_keep_a_thin_stroke():
+    picture = Image.new("L", (200, 200), 235)
+    picture.paste(20, (100, 10, 102, 190))
+    form = pictures.by_hand(picture)
+    assert form.shape == (28, 28)
+    assert (form > 127).sum(axis=0).tolist() == [0] * 14 + [20] + [0] * 13
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import http.server
 import math
 import os
@@ -116,7 +117,7 @@ def archives(raw, monkeypatch):
     contents = {path.name: path.read_bytes() for path in raw.iterdir()}
     for name in contents:
         (raw / name).unlink()
-    md5s = [(name, mnist.hashlib.md5(content).hexdigest()) for name, content in contents.items()]
+    md5s = [(name, hashlib.md5(content).hexdigest()) for name, content in contents.items()]
     monkeypatch.setattr(MNIST, "resources", md5s)
     return contents
 

@@ -157,7 +157,7 @@ def parse_args(argv):
 def main(argv=()):
     """Write the file that `argv` asks for; return its path."""
     args = parse_args(argv)
-    mnist.write(args.out)  # raises OSError if it cannot be written
+    mnist.write(args.out)  # raises OSError now if it could not be written later
     model, _ = weights.load(path := weights.find(args.model))
     print(f"Using the weights in {path}")
     content = FORMATS[args.out.suffix.lower()](model, *mnist.load_mnist(args.data_dir)[1])

@@ -192,7 +192,7 @@ def parse_args(argv):
 def main(argv=()):
     """Draw the figure that `argv` asks for and write it; return its path."""
     args = parse_args(argv)
-    mnist.write(args.out)  # raises OSError if it cannot be written
+    mnist.write(args.out)  # raises OSError now if it could not be written later
     if args.augmentation:
         figure = draw_augmentation(*mnist.load_mnist(args.data_dir)[0])
     else:
