@@ -10,6 +10,7 @@ Usage, in the folder of mnist.py:
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mnist
@@ -395,9 +396,9 @@ def main(argv=()):
         seeds = [seed for seed in range(index - 1, args.seeds, parts) if seed not in done]
         pool = ThreadPoolExecutor(args.jobs)
         try:
-            runs = [pool.submit(train_pair, seed, args) for seed in seeds]
-            for run in tqdm(as_completed(runs), "Seeds", len(runs), unit="run", disable=None):
-                benchmark["runs"].append(run.result())
+            runs = pool.map(functools.partial(train_pair, args=args), seeds)
+            for run in tqdm(runs, "Seeds", len(seeds), unit="run", disable=None):
+                benchmark["runs"].append(run)
                 save_results(benchmark, args.out)
         finally:
             pool.shutdown(cancel_futures=True)
