@@ -11,7 +11,7 @@ from pathlib import Path
 
 import benchmarks
 import mnist
-from benchmarks import pictures, seeds, tables
+from benchmarks import original, pictures, seeds, tables
 from tools import predict, report, weights
 
 import numpy as np
@@ -55,10 +55,10 @@ def test_run_beside_the_original(tmp_path, capsys):
     assert 7 * run["accuracy"] / 100 == pytest.approx(round(7 * run["accuracy"] / 100))  # --set reaches the run
     assert run["loss"] > 0
     assert 0 < run["training_seconds"] < run["process_seconds"]
-    original = run["baseline"]
-    (epoch,) = original["epoch_seconds"]
-    rest = original["process_seconds"] - epoch
-    assert original["extrapolated_seconds"] == pytest.approx(rest + 20 * epoch)
+    baseline = run["baseline"]
+    (epoch,) = baseline["epoch_seconds"]
+    rest = baseline["process_seconds"] - epoch
+    assert baseline["extrapolated_seconds"] == pytest.approx(rest + 20 * epoch)
     assert capsys.readouterr().err == ""
 
 
@@ -321,7 +321,7 @@ def test_broken_results_are_refused(runs):
         broken += [replaced(results, value, name) for name in ("runs", "settings")]
     broken += [replaced(results, None, "settings", name) for name in ("cpu", "changes", "validate", "threads")]
     broken += [replaced(results, seed, "runs", 1, "seed") for seed in (None, "1", 0)]  # the last is there twice
-    broken += [replaced(results, [], "runs")]
+    broken += [replaced(results, [], "runs"), replaced(results, 7, "command")]
     for content in broken:
         Path("broken.json").write_text(content)
         with pytest.raises(mnist.UserError, match=r"broken\.json is damaged, or holds no results of benchmarks"):
@@ -348,6 +348,15 @@ def test_broken_results_are_refused(runs):
 )
 def test_bad_value_is_refused(option, value, assert_refused):
     assert_refused(seeds.main, option, value)
+
+
+@pytest.mark.parametrize("benchmark", [seeds, pictures, original])
+def test_missing_folder_is_found_before_any_work(benchmark, monkeypatch):
+    monkeypatch.setattr(mnist, "load_mnist", None)
+    monkeypatch.setattr(seeds, "train_pair", None)
+    monkeypatch.setattr(weights, "load", None)
+    with pytest.raises(FileNotFoundError, match=r"no.folder.results\.json"):
+        benchmark.main(["--out", str(Path("no/folder/results.json"))])
 
 
 @pytest.mark.parametrize(("main", "option"), [(seeds.main, "--join"), (pictures.main, "--images")])
