@@ -129,10 +129,8 @@ def train_batches(losses, batches, digits):
     to date. The hardest come in nearly every round: much like selective backpropagation (Jiang et al.,
     arXiv:1910.00762). Images that were never seen, whose loss is infinite, come first: no image twice in epoch 1.
     """
-    batches_per_round = math.ceil(batches / ROUNDS)
-    for start in range(0, batches, batches_per_round):
-        count = min(batches_per_round, batches - start)  # the last round may be shorter
-        yield from torch.multinomial(losses.clamp(MIN_WEIGHT, MAX_WEIGHT), count * digits).split(digits)
+    for part in torch.arange(batches).chunk(ROUNDS):
+        yield from torch.multinomial(losses.clamp(MIN_WEIGHT, MAX_WEIGHT), len(part) * digits).split(digits)
 
 
 def centre_and_scale(images):
@@ -177,13 +175,10 @@ def make_junk(images, labels):
 
 
 def vary_strokes(images):
-    """Make the strokes of a few float images (B, 1, H, W), chosen at random, fainter, and of as many others thicker.
-
-    Each pixel goes half-way to the least or the greatest of the 3 x 3 pixels around it.
-    """
+    """Make the strokes of a few float images (B, 1, H, W), chosen at random, fainter, and of as many others thicker."""
     count = round(len(images) * THICKNESS_SHARE / 2)
     faint, thick = torch.randperm(len(images), device=images.device)[: 2 * count].view(2, count)
-    varied = images.clone()
+    varied = images.clone()  # each pixel goes half-way to the least or the greatest of the 3 x 3 around it
     varied[faint] = (images[faint] - F.max_pool2d(-images[faint], 3, stride=1, padding=1)) / 2
     varied[thick] = (images[thick] + F.max_pool2d(images[thick], 3, stride=1, padding=1)) / 2
     return varied
@@ -220,12 +215,6 @@ def normalize(images):
 # --- Training ------------------------------------------------------------------------------------------------------
 
 
-def learning_rate(step, steps, peak):
-    """Return the learning rate of step 1 to `steps`: up to `peak` over WARM_UP_SHARE of them, and down towards zero."""
-    progress = step / (steps + 1)
-    return peak * min(progress / WARM_UP_SHARE, (1 - progress) / (1 - WARM_UP_SHARE))
-
-
 def orthogonalize(matrices):
     """Return, for each of the matrices (K, M, N), roughly the nearest matrix whose singular values are all 1.
 
@@ -254,15 +243,15 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr):
-        """Update the parameters by their gradients, at the learning rate `lr`."""
+        """Update the parameters by their gradients, at the learning rate `lr`, a number or a tensor of one."""
         for parameters, momentum in self.stacks:
             grads = torch.stack([parameter.grad for parameter in parameters])
             momentum.mul_(MOMENTUM).add_(grads)
             update = grads.add_(momentum, alpha=MOMENTUM)
             if update.ndim == 5:  # (K, output channels, input channels, height, width)
                 update = orthogonalize(update.flatten(2)).view_as(update)
-            for parameter, change in zip(parameters, update, strict=True):
-                parameter.sub_(change, alpha=lr)
+            for parameter, change in zip(parameters, lr * update, strict=True):
+                parameter.sub_(change)
 
 
 @torch.inference_mode()
@@ -293,6 +282,21 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, precision=torch.floa
     junk, uniform = make_junk(images, labels), torch.full([JUNK, 10], 0.1, device=device)
     optimizer = Muon(model)
     losses = torch.full([len(images)], math.inf, device=device)  # of each image when it was last seen
+
+    def step(index, rate):
+        """Train on digits and on junk; return the digits' mean loss and how many were right."""
+        data = normalize(augment(torch.cat([images[index], junk[torch.randint(len(junk), [JUNK], device=device)]])))
+        target = torch.cat([F.one_hot(labels[index], 10), uniform])
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            output = model(data).float()
+        batch_losses = F.cross_entropy(output, target, reduction="none")
+        batch_losses.mean().backward()
+        optimizer.step(rate)
+        model.zero_grad()  # last: a graph must not be captured while gradients of an earlier step are alive
+        losses[index] = digit_losses = batch_losses[:digits].detach()
+        return digit_losses.mean(), (output[:digits].argmax(dim=1) == labels[index]).sum()
+
+    step = GraphedStep(step, device) if device.type == "cuda" else step
     shows_bar = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())  # not in a log
     history = []
     for epoch in range(1, epochs + 1):
@@ -300,19 +304,10 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, precision=torch.floa
         total_loss, correct, start = 0, 0, time.perf_counter()
         with tqdm(train_batches(losses, batches, digits), f"Epoch {epoch}", batches, disable=not shows_bar) as bar:
             for count, index in enumerate(bar, start=1):
-                target = torch.cat([F.one_hot(labels[index], 10), uniform])
-                data = torch.cat([images[index], junk[torch.randint(len(junk), [JUNK], device=device)]])
-                data = normalize(augment(data))
-                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                    output = model(data).float()
-                batch_losses = F.cross_entropy(output, target, reduction="none")
-                model.zero_grad()
-                batch_losses.mean().backward()
-                optimizer.step(learning_rate((epoch - 1) * batches + count, epochs * batches, lr))
-
-                losses[index] = digit_losses = batch_losses[:digits].detach()
-                total_loss += digit_losses.mean().item()
-                correct += (output[:digits].argmax(dim=1) == labels[index]).sum().item()
+                progress = ((epoch - 1) * batches + count) / (epochs * batches + 1)
+                rate = lr * min(progress / WARM_UP_SHARE, (1 - progress) / (1 - WARM_UP_SHARE))
+                loss, right = step(index, torch.full([], rate, device=device))
+                total_loss, correct = total_loss + loss.item(), correct + right.item()
                 train_loss, train_accuracy = total_loss / count, 100 * correct / (count * digits)
                 bar.set_postfix_str(f"loss={train_loss:.4f}, acc={train_accuracy:.2f}%", refresh=False)
                 if not math.isfinite(train_loss):
@@ -507,6 +502,33 @@ def write(path, content=None):
 
 
 # --- Appendix: the process, its memory, streams and errors ---------------------------------------------------------
+
+
+class GraphedStep:
+    """A training step on CUDA, captured as a graph in its fourth call: some 470 kernels are then launched as one.
+
+    `step` must take tensors of the same shapes in each call, and do the same with them.
+    """
+
+    def __init__(self, step, device):
+        self.step, self.calls, self.stream, self.graph = step, 0, torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls <= 3:  # they set up what a capture cannot, on the stream that will be captured
+            torch.cuda.synchronize(self.stream.device)
+            with torch.cuda.stream(self.stream):
+                outputs = self.step(*inputs)
+            torch.cuda.synchronize(self.stream.device)
+            return outputs
+        if self.calls == 4:
+            self.inputs = [tensor.clone() for tensor in inputs]
+            with torch.cuda.graph(self.graph, stream=self.stream):  # which runs nothing yet
+                self.outputs = self.step(*self.inputs)
+        for own, tensor in zip(self.inputs, inputs, strict=True):
+            own.copy_(tensor)
+        self.graph.replay()
+        return self.outputs
 
 
 class UserError(Exception):

@@ -41,7 +41,7 @@ def test_bfloat16_trains_and_float32_tests(small_mnist, monkeypatch):
 
 @pytest.fixture
 def repeatable_model(monkeypatch):
-    """A network without dropout, and training without augmentation, so that a test can repeat a step."""
+    """A network without dropout, and training on the images as they are, so that a test can repeat a step."""
     monkeypatch.setattr(mnist, "augment", lambda images: images)
     torch.manual_seed(0)
     model = mnist.Net()
@@ -129,6 +129,24 @@ def test_junk_of_each_batch_is_drawn_anew(digits, monkeypatch):
     drawn = torch.stack([images[12:, 0, 0] for images in batches])
     assert drawn.shape == (3, 8)
     assert len(drawn.unique()) > 12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that CUDA knows")
+def test_a_graph_trains_as_the_plain_loop_does(digits, monkeypatch):
+    torch.backends.cudnn.deterministic = True
+    train_set, test_set = ([part.cuda() for part in digits(count)] for count in (50 * 128, 10))
+    replays, states = [], []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    for wrap in (mnist.GraphedStep, lambda step, _: step):
+        monkeypatch.setattr(mnist, "GraphedStep", wrap)
+        torch.manual_seed(0)
+        model = mnist.Net().to("cuda", memory_format=torch.channels_last)
+        mnist.fit(model, train_set, test_set, epochs=1, batch_size=128, lr=0.01, precision=torch.bfloat16)
+        states.append(model.state_dict())
+    assert len(replays) == 47  # of 50 steps
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
 
 
 def test_infinite_loss_stops_the_run(small_mnist, tmp_path):
