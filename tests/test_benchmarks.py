@@ -11,7 +11,7 @@ from pathlib import Path
 
 import benchmarks
 import mnist
-from benchmarks import original, pictures, seeds, tables
+from benchmarks import original, pictures, seeds, steps, tables
 from tools import predict, report, weights
 
 import numpy as np
@@ -350,11 +350,12 @@ def test_bad_value_is_refused(option, value, assert_refused):
     assert_refused(seeds.main, option, value)
 
 
-@pytest.mark.parametrize("benchmark", [seeds, pictures, original])
+@pytest.mark.parametrize("benchmark", [seeds, pictures, original, steps])
 def test_missing_folder_is_found_before_any_work(benchmark, monkeypatch):
     monkeypatch.setattr(mnist, "load_mnist", None)
     monkeypatch.setattr(seeds, "train_pair", None)
     monkeypatch.setattr(weights, "load", None)
+    monkeypatch.setattr(steps, "milliseconds", None)
     with pytest.raises(FileNotFoundError, match=r"no.folder.results\.json"):
         benchmark.main(["--out", str(Path("no/folder/results.json"))])
 
@@ -405,6 +406,60 @@ def test_histogram_shows_every_seed():
     accuracies = [run["accuracy"] for run in tables.load("default.json")[0]["runs"]]
     bars = {round(bar.get_x() + bar.get_width() / 2, 2): bar.get_height() for bar in ax.patches}
     assert bars == {accuracy: accuracies.count(accuracy) for accuracy in set(accuracies)}
+
+
+# --- Time of a step ------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_timed_in_pairs(tmp_path, monkeypatch, capsys):
+    mnist.load_mnist(mnist.DATA_DIR)
+    monkeypatch.setattr(steps, "STEPS", 1)
+    out, trick = tmp_path / "steps.json", "whole batches augmented"
+    monkeypatch.setattr(steps, "TRICKS", {trick: steps.TRICKS[trick]})
+    results = steps.main(["--pairs", "1", "--device", "cpu", "--out", str(out)])
+    saved = json.loads(out.read_text())
+    assert saved["tricks"] == {trick: [list(pair) for pair in results[trick]]}
+    assert saved["command"] == "python -m benchmarks.steps --pairs 1 --device cpu"
+    assert [len(pair) for pair in results[trick]] == [2]
+    assert all(0 < milliseconds < 100_000 for pair in results[trick] for milliseconds in pair)
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"| {trick} | ")
+
+
+def test_row_of_a_trick():
+    row = steps.cells("a trick", [(50.0, 60.0), (40.0, 60.0), (50.0, 50.0)])
+    assert row == ("a trick", "50.0 ms", "60.0 ms", "1.20 (1.00 to 1.50)", "14 s")
+
+
+def test_every_trick_is_taken_away(monkeypatch):
+    changes = []
+    monkeypatch.setattr(steps, "milliseconds", lambda change, _, precision: changes.append((change, precision)) or 1.0)
+    monkeypatch.setattr(mnist, "has_bfloat16", lambda _: True)
+    assert set(steps.main(["--pairs", "1", "--device", "cpu"])) == {*steps.TRICKS} - {"the step as a CUDA graph"}
+    assert changes[:2] == [("", "bfloat16"), ("", "float32")]
+    monkeypatch.setattr(torch, "channels_last", torch.channels_last)
+    for name in ("Net.forward", "keep_freed_memory", "augment", "GraphedStep"):
+        place = mnist.Net if "." in name else mnist
+        monkeypatch.setattr(place, name.rpartition(".")[2], getattr(place, name.rpartition(".")[2]))
+    before = torch.channels_last, mnist.Net.forward, mnist.keep_freed_memory, mnist.augment, mnist.GraphedStep
+    for change in steps.TRICKS.values():
+        exec(change, {"mnist": mnist, "torch": torch, "steps": steps})
+    after = torch.channels_last, mnist.Net.forward, mnist.keep_freed_memory, mnist.augment, mnist.GraphedStep
+    assert all(one is not other for one, other in zip(before, after, strict=True))
+
+
+def test_pooling_last_gives_the_same(digits):
+    model = mnist.Net().eval()
+    images = mnist.normalize(digits(20)[0])
+    assert torch.equal(steps.pool_last(model, images), model(images))
+
+
+def test_images_are_augmented_one_by_one(digits):
+    images, _ = digits(20)
+    augmented = steps.augment_one_by_one(images)
+    assert augmented.dtype == torch.float32
+    assert augmented.shape == images.shape
+    assert torch.allclose(augmented.sum((1, 2)), images.float().sum((1, 2)), rtol=0.4)
+    assert (images != augmented).any((1, 2)).all()
 
 
 # --- Pictures ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,130 @@
+"""Measure what each trick of mnist.py for speed is worth: training with it and without it, in turn.
+
+Usage, in the folder of mnist.py, with nothing else running:
+    python -m benchmarks.steps
+    python -m benchmarks.steps --device cuda --pairs 9 --out steps.json
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import mnist
+from benchmarks import ROOT, command_of, commit, machine, positive
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import transforms
+
+STEPS = 60  # of an epoch; the second one counts
+TRICKS = {  # and what takes each of them away
+    "bfloat16": "",  # but for --precision float32
+    "channels_last": "torch.channels_last = torch.contiguous_format",
+    "max-pooling before ReLU": "mnist.Net.forward = steps.pool_last",
+    "freed memory kept": "mnist.keep_freed_memory = lambda: None",
+    "whole batches augmented": "mnist.augment = steps.augment_one_by_one",
+    "the step as a CUDA graph": "mnist.GraphedStep = lambda step, _: step",
+}
+
+
+def pool_last(self, x):
+    """Do what mnist.Net.forward() does, with each ReLU before its max-pooling."""
+    x = F.relu(self.bn1(self.conv1(x)))
+    x = self.pool1(F.relu(self.bn2(self.conv2(x))))
+    x = self.dropout(self.squeeze1(x))
+    x = F.relu(self.bn3(self.conv3(x)))
+    x = self.pool2(F.relu(self.bn4(self.conv4(x))))
+    x = self.squeeze2(x)
+    x = F.relu(self.bn5(self.conv5(x)))
+    x = F.relu(self.bn6(self.conv6(x)))
+    x = F.relu(self.bn7(self.squeeze3(x)))
+    return self.fc(x.flatten(1))
+
+
+def augment_one_by_one(images):
+    """Rotate, shift, scale and shear images (B, 28, 28) one after another, as a DataLoader commonly does."""
+    shift, scale = mnist.SHIFT / 28, (1 - mnist.SCALE, 1 + mnist.SCALE)
+    move = transforms.RandomAffine(mnist.ROTATION, (shift, shift), scale, shear=6)  # degrees: mnist.SHEAR's
+    moved = [transforms.functional.pil_to_tensor(move(Image.fromarray(image))) for image in images.cpu().numpy()]
+    return torch.cat(moved).to(images.device, torch.float32)
+
+
+def shorten(steps):
+    """Have mnist.py train for so many steps an epoch, and test on one batch."""
+    load = mnist.load_mnist
+
+    def load_some(*args):
+        train_set, test_set = load(*args)
+        images = steps * mnist.BATCH_SIZE, mnist.TEST_BATCH_SIZE
+        return [[part[:count] for part in parts] for parts, count in zip((train_set, test_set), images, strict=True)]
+
+    mnist.load_mnist = load_some
+
+
+def milliseconds(change, args, precision):
+    """Return the milliseconds of a training step, measured in a process of its own, after the `change` of mnist.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--epochs", "2", "--device", str(args.device), "--precision", precision]
+        options += ["--data-dir", str(args.data_dir), "--save-model", str(Path(folder, "mnist.pt"))]
+        program = f"import mnist, torch; from benchmarks import steps; steps.shorten({STEPS})\n{change}\n"
+        program += f"print(mnist.main({options})['history'][-1]['seconds'])"
+        command = [sys.executable, "-c", program]
+        output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return 1000 * float(output.split()[-1]) / STEPS
+
+
+HEAD = ("trick", "a step", "without it", "times as long (range)", "of a run of 1,404 steps")
+
+
+def cells(trick, pairs):
+    """Return a row of the table, under HEAD, of the milliseconds of a step with and without a trick (N, 2)."""
+    with_it, without = (statistics.median(times) for times in zip(*pairs, strict=True))
+    ratios = sorted(slow / fast for fast, slow in pairs)
+    ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    return trick, f"{with_it:.1f} ms", f"{without:.1f} ms", ratio, f"{1.404 * (without - with_it):.0f} s"
+
+
+def main(argv=()):
+    """Print a table. Returns, by the name of each trick, the milliseconds of a step with it and without it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.steps", description="Measure what each trick for speed is worth."
+    )
+    add = parser.add_argument
+    add("--pairs", type=positive, default=5, metavar="N", help="trainings with and without each trick (default: 5)")
+    add("--device", type=mnist.pick_device, default="auto", help="as for mnist.py (default: auto)")
+    add("--data-dir", type=Path, default=mnist.DATA_DIR, help="folder of the data")
+    add("--out", type=Path, metavar="PATH", help="also write the figures here, as JSON")
+    args = parser.parse_args(argv)
+    if args.out:
+        mnist.write(args.out)  # raises OSError now if the figures could not be written later
+    precision = "bfloat16" if mnist.has_bfloat16(args.device) else "float32"
+    left_out = {"bfloat16"} if precision == "float32" else set()
+    left_out |= {"freed memory kept"} if args.device.type == "cuda" else {"the step as a CUDA graph"}
+    print(f"| {' | '.join(HEAD)} |\n|{' --- |' * len(HEAD)}")
+    results = {}
+    for trick, change in TRICKS.items():
+        if trick in left_out:
+            continue
+        pairs = [
+            (
+                milliseconds("", args, precision),
+                milliseconds(change, args, "float32" if trick == "bfloat16" else precision),
+            )
+            for _ in range(args.pairs)
+        ]
+        results[trick] = pairs
+        print(f"| {' | '.join(cells(trick, pairs))} |")
+    if args.out:
+        origin = {"command": command_of("steps", argv), "commit": commit(), **machine()}
+        origin |= {"device": str(args.device), "precision": precision, "threads": torch.get_num_threads()}
+        mnist.write(args.out, (json.dumps({**origin, "tricks": results}, indent=1) + "\n").encode())
+    return results
+
+
+if __name__ == "__main__":
+    mnist.run(main)
