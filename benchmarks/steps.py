@@ -105,6 +105,8 @@ def main(argv=()):
     precision = "bfloat16" if mnist.has_bfloat16(args.device) else "float32"
     left_out = {"bfloat16"} if precision == "float32" else set()
     left_out |= {"freed memory kept"} if args.device.type == "cuda" else {"the step as a CUDA graph"}
+    origin = {"command": command_of("steps", argv), "commit": commit(), **machine()}
+    origin |= {"device": str(args.device), "precision": precision, "threads": torch.get_num_threads()}
     print(f"| {' | '.join(HEAD)} |\n|{' --- |' * len(HEAD)}")
     results = {}
     for trick, change in TRICKS.items():
@@ -118,11 +120,9 @@ def main(argv=()):
             for _ in range(args.pairs)
         ]
         results[trick] = pairs
-        print(f"| {' | '.join(cells(trick, pairs))} |")
-    if args.out:
-        origin = {"command": command_of("steps", argv), "commit": commit(), **machine()}
-        origin |= {"device": str(args.device), "precision": precision, "threads": torch.get_num_threads()}
-        mnist.write(args.out, (json.dumps({**origin, "tricks": results}, indent=1) + "\n").encode())
+        print(f"| {' | '.join(cells(trick, pairs))} |", flush=True)
+        if args.out:
+            mnist.write(args.out, (json.dumps({**origin, "tricks": results}, indent=1) + "\n").encode())
     return results
 
 
