@@ -11,7 +11,7 @@ import shlex
 import statistics
 
 import mnist
-from benchmarks import ROOT, original, seeds
+from benchmarks import ROOT, original, seeds, steps
 from tools import report
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -128,6 +128,12 @@ def worth():
     return table(*rows)
 
 
+def tricks():
+    """Return the table of what each trick for speed is worth."""
+    measured = json.loads((RESULTS / "steps.json").read_text())["tricks"]
+    return table(steps.HEAD, *(steps.cells(trick, pairs) for trick, pairs in measured.items()))
+
+
 def pictures():
     """Return the table of the kinds of simulated pictures."""
     rows = [("simulated picture", "right", "not sure", "wrong, but sure", "right in ten lines")]
@@ -139,7 +145,7 @@ def pictures():
 
 def filled(text):
     """Return the text of a README with its tables, between <!-- their name --> and <!-- end -->, made anew."""
-    makers = {maker.__name__: maker for maker in (accuracy, times, seconds, ablation, worth, pictures)}
+    makers = {maker.__name__: maker for maker in (accuracy, times, seconds, tricks, ablation, worth, pictures)}
     between = r"(<!-- (\w+) -->\n).*?(<!-- end -->)"
     return re.sub(between, lambda part: part[1] + makers[part[2]]() + part[3], text, flags=re.DOTALL)
 
