@@ -296,7 +296,8 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, precision=torch.floa
         losses[index] = digit_losses = batch_losses[:digits].detach()
         return digit_losses.mean(), (output[:digits].argmax(dim=1) == labels[index]).sum()
 
-    step = GraphedStep(step, device) if device.type == "cuda" else step
+    if device.type == "cuda":
+        step = GraphedStep(step, device)
     shows_bar = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())  # not in a log
     history = []
     for epoch in range(1, epochs + 1):
@@ -515,7 +516,7 @@ class GraphedStep:
 
     def __call__(self, *inputs):
         self.calls += 1
-        if self.calls <= 3:  # they set up what a capture cannot, on the stream that will be captured
+        if self.calls <= 3:  # these set up what a capture cannot, on the stream that will be captured
             torch.cuda.synchronize(self.stream.device)
             with torch.cuda.stream(self.stream):
                 outputs = self.step(*inputs)
@@ -523,7 +524,7 @@ class GraphedStep:
             return outputs
         if self.calls == 4:
             self.inputs = [tensor.clone() for tensor in inputs]
-            with torch.cuda.graph(self.graph, stream=self.stream):  # which runs nothing yet
+            with torch.cuda.graph(self.graph, stream=self.stream):  # records, and runs nothing
                 self.outputs = self.step(*self.inputs)
         for own, tensor in zip(self.inputs, inputs, strict=True):
             own.copy_(tensor)

@@ -8,13 +8,11 @@ Usage, in the folder of mnist.py, with nothing else running:
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import mnist
-from benchmarks import ROOT, command_of, commit, machine, positive
+from benchmarks import command_of, commit, machine, positive, seeds
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +21,7 @@ from torchvision import transforms
 
 STEPS = 60  # of an epoch; the second one counts
 TRICKS = {  # and what takes each of them away
-    "bfloat16": "",  # but for --precision float32
+    "bfloat16": "mnist.has_bfloat16 = lambda _: False",
     "channels_last": "torch.channels_last = torch.contiguous_format",
     "max-pooling before ReLU": "mnist.Net.forward = steps.pool_last",
     "freed memory kept": "mnist.keep_freed_memory = lambda: None",
@@ -66,15 +64,14 @@ def shorten(steps):
     mnist.load_mnist = load_some
 
 
-def milliseconds(change, args, precision):
+def milliseconds(change, args):
     """Return the milliseconds of a training step, measured in a process of its own, after the `change` of mnist.py."""
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--epochs", "2", "--device", str(args.device), "--precision", precision]
-        options += ["--data-dir", str(args.data_dir), "--save-model", str(Path(folder, "mnist.pt"))]
+        options = ["--epochs", "2", "--device", str(args.device), "--data-dir", str(args.data_dir)]
+        options += ["--save-model", str(Path(folder, "mnist.pt"))]
         program = f"import mnist, torch; from benchmarks import steps; steps.shorten({STEPS})\n{change}\n"
         program += f"print(mnist.main({options})['history'][-1]['seconds'])"
-        command = [sys.executable, "-c", program]
-        output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        _, output = seeds.run_python(["-c", program], torch.get_num_threads())
     return 1000 * float(output.split()[-1]) / STEPS
 
 
@@ -112,14 +109,7 @@ def main(argv=()):
     for trick, change in TRICKS.items():
         if trick in left_out:
             continue
-        pairs = [
-            (
-                milliseconds("", args, precision),
-                milliseconds(change, args, "float32" if trick == "bfloat16" else precision),
-            )
-            for _ in range(args.pairs)
-        ]
-        results[trick] = pairs
+        results[trick] = pairs = [(milliseconds("", args), milliseconds(change, args)) for _ in range(args.pairs)]
         print(f"| {' | '.join(cells(trick, pairs))} |", flush=True)
         if args.out:
             mnist.write(args.out, (json.dumps({**origin, "tricks": results}, indent=1) + "\n").encode())

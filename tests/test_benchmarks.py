@@ -432,10 +432,11 @@ def test_row_of_a_trick():
 
 def test_every_trick_is_taken_away(monkeypatch):
     changes = []
-    monkeypatch.setattr(steps, "milliseconds", lambda change, _, precision: changes.append((change, precision)) or 1.0)
+    monkeypatch.setattr(steps, "milliseconds", lambda change, _: changes.append(change) or 1.0)
     monkeypatch.setattr(mnist, "has_bfloat16", lambda _: True)
     assert set(steps.main(["--pairs", "1", "--device", "cpu"])) == {*steps.TRICKS} - {"the step as a CUDA graph"}
-    assert changes[:2] == [("", "bfloat16"), ("", "float32")]
+    assert changes[:4] == ["", steps.TRICKS["bfloat16"], "", steps.TRICKS["channels_last"]]
+    assert mnist.parse_args(["--device", "cpu"]).precision == "bfloat16"
     monkeypatch.setattr(torch, "channels_last", torch.channels_last)
     for name in ("Net.forward", "keep_freed_memory", "augment", "GraphedStep"):
         place = mnist.Net if "." in name else mnist
@@ -445,6 +446,7 @@ def test_every_trick_is_taken_away(monkeypatch):
         exec(change, {"mnist": mnist, "torch": torch, "steps": steps})
     after = torch.channels_last, mnist.Net.forward, mnist.keep_freed_memory, mnist.augment, mnist.GraphedStep
     assert all(one is not other for one, other in zip(before, after, strict=True))
+    assert mnist.parse_args(["--device", "cpu"]).precision == "float32"
 
 
 def test_pooling_last_gives_the_same(digits):
