@@ -50,6 +50,7 @@ TEST_BATCH_SIZE = 250  # larger batches take more memory and are no faster
 LR = 0.04  # the learning rate at its peak
 WARM_UP_SHARE = 0.2  # of the steps: over these the learning rate climbs; over the rest it falls to zero
 MOMENTUM = 0.9
+WEIGHT_DECAY = 0.05  # times the learning rate, each step takes off the weights of convolutions and linear layer
 ROTATION = 10  # degrees at most, either way
 SHIFT = 2  # pixels at most, along each axis
 SCALE = 0.1  # of the width and of the height, at most, up or down
@@ -231,8 +232,9 @@ def orthogonalize(matrices):
 class Muon:
     """Nesterov momentum, the updates of convolutions orthogonalized: Muon (https://kellerjordan.github.io/posts/muon).
 
-    The linear layer's are not, as Muon's authors advise for the last layer. Parameters of one shape are stacked and
-    updated together; torch.optim.Muon takes only matrices, one at a time.
+    The linear layer's are not, as Muon's authors advise for the last layer. Weight decay is decoupled (Loshchilov and
+    Hutter, arXiv:1711.05101). Parameters of one shape are stacked and updated together; torch.optim.Muon takes only
+    matrices, one at a time.
     """
 
     def __init__(self, model):
@@ -250,6 +252,8 @@ class Muon:
             update = grads.add_(momentum, alpha=MOMENTUM)
             if update.ndim == 5:  # (K, output channels, input channels, height, width)
                 update = orthogonalize(update.flatten(2)).view_as(update)
+            if update.ndim > 2:  # not biases, nor BatchNorm's weights
+                update = update.add(torch.stack(parameters), alpha=WEIGHT_DECAY)
             for parameter, change in zip(parameters, lr * update, strict=True):
                 parameter.sub_(change)
 

@@ -185,6 +185,7 @@ def test_learning_rate_climbs_and_falls(digits, monkeypatch):
 
 def test_momentum_is_that_of_torch(monkeypatch):
     monkeypatch.setattr(mnist, "orthogonalize", lambda matrices: matrices)
+    monkeypatch.setattr(mnist, "WEIGHT_DECAY", 0)
     torch.manual_seed(0)
     mine, theirs = (torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.Conv2d(2, 4, 2)) for _ in range(2))
     theirs.load_state_dict(mine.state_dict())
@@ -201,7 +202,21 @@ def test_momentum_is_that_of_torch(monkeypatch):
         assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_linear_layer_follows_its_gradient():
+def test_weights_decay_and_biases_do_not():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(3, 2)
+    )
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    mnist.Muon(model).step(torch.tensor(0.1))
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        kept = 1 - 0.1 * mnist.WEIGHT_DECAY if parameter.ndim > 1 else 1
+        assert torch.allclose(parameter, kept * old, rtol=1e-6)
+
+
+def test_linear_layer_follows_its_gradient(monkeypatch):
+    monkeypatch.setattr(mnist, "WEIGHT_DECAY", 0)
     layer = torch.nn.Linear(8, 3)
     before = layer.weight.detach().clone()
     layer(torch.randn(9, 8)).square().sum().backward()
