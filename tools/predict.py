@@ -43,7 +43,7 @@ MIN_CONTRAST = 8  # levels of grey, of 255, that a picture must span
 SPECK = 0.09  # of the highest stroke's height: what is smaller is no mark
 FAINT, DARK = 0.22, 0.4  # a stroke is what is above FAINT of the level of ink and connected with what is above DARK
 WINDOW = 5  # times as wide as the strokes: what is wider belongs to the background
-NO_DIGIT = 6  # a logit must stand this far above the mean of the ten, or there is likelier no digit
+NO_DIGIT = 5.75  # a logit must stand this far above the mean of the ten, or there is likelier no digit
 SLOPES = sorted(np.linspace(-0.2, 0.2, 21), key=abs)  # of ruled lines
 LINE = 0.75  # of the paper's width or height: what covers more is no stroke
 NO_TABLE = 5  # what it costs to read what is on a sheet alone if all around it is light
