@@ -4,7 +4,7 @@
 # ///
 """Train an 18,242-parameter CNN on MNIST past 99.4 % test accuracy, in half a minute to a few minutes on two CPU cores.
 
-Over n = 40 seeds it ended at 99.56 % on average, 99.42 % at least (std 0.045; an AMD EPYC, bfloat16, torch 2.14.1).
+Over n = 40 seeds it ended at 99.58 % on average, 99.45 % at least (std 0.051; an AMD EPYC, float32, torch 2.14.1).
 
     python mnist.py                        # the default recipe; the weights go to mnist.pt
     python mnist.py --epochs 20 --seed 1
