@@ -50,7 +50,7 @@ TEST_BATCH_SIZE = 250  # larger batches take more memory and are no faster
 LR = 0.04  # the learning rate at its peak
 WARM_UP_SHARE = 0.2  # of the steps: over these the learning rate climbs; over the rest it falls to zero
 MOMENTUM = 0.9
-WEIGHT_DECAY = 0.05  # times the learning rate, each step takes off the weights of convolutions and linear layer
+WEIGHT_DECAY = 0.05  # times the learning rate: the share that each step takes off all weights but BatchNorm's
 ROTATION = 10  # degrees at most, either way
 SHIFT = 2  # pixels at most, along each axis
 SCALE = 0.1  # of the width and of the height, at most, up or down
@@ -253,7 +253,7 @@ class Muon:
             if update.ndim == 5:  # (K, output channels, input channels, height, width)
                 update = orthogonalize(update.flatten(2)).view_as(update)
             if update.ndim > 2:  # not biases, nor BatchNorm's weights
-                update = update.add(torch.stack(parameters), alpha=WEIGHT_DECAY)
+                update.add_(torch.stack(parameters), alpha=WEIGHT_DECAY)
             for parameter, change in zip(parameters, lr * update, strict=True):
                 parameter.sub_(change)
 

@@ -573,6 +573,23 @@ def test_mark_beside_digits_is_not_sure(mark):
     assert not sure
 
 
+@pytest.mark.parametrize(
+    "strokes",
+    [
+        ["10 10 10 90", "90 10 90 90", "10 50 90 50"],  # H
+        ["50 10 50 90", "10 50 90 50"],  # plus
+        ["10 30 90 30", "10 70 90 70", "20 90 40 10", "60 90 80 10"],  # hash
+        ["10 50 50 10 90 50 10 50 10 90 90 90 90 50"],  # house
+    ],
+)
+def test_what_is_no_digit_is_not_sure(strokes):
+    lines = [tuple(map(int, stroke.split())) for stroke in strokes]
+    image = Image.new("L", (100, 100), 230)
+    for line in lines:
+        ImageDraw.Draw(image).line(line, fill=30, width=7)
+    assert not predict.read(pretrained(), image)[1]
+
+
 def test_few_letters_and_shapes_are_sure():
     rng = np.random.default_rng(0)
     images = [pictures.drawn(strokes, rng) for strokes in pictures.LETTERS + pictures.SHAPES]
