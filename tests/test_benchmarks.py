@@ -12,7 +12,8 @@ from pathlib import Path
 import benchmarks
 import mnist
 from benchmarks import original, pictures, seeds, steps, tables
-from tools import predict, report, weights
+from reader import digit
+from tools import report, weights
 
 import numpy as np
 import pytest
@@ -516,7 +517,7 @@ def test_own_pictures_without_a_digit(own_pictures, folder, monkeypatch):
     assert results["all"]["wrong, but sure"] == pytest.approx(200 / 3)  # c.png cannot be read: no answer
     assert results["all"]["right"] == pytest.approx(100 / 3)
     assert results["all"]["ten lines"] is None
-    monkeypatch.setattr(predict, "NO_DIGIT", 99)
+    monkeypatch.setattr(digit, "NO_DIGIT", 99)
     results = pictures.main([str(own_pictures), "--model", str(weights.PRETRAINED)])
     assert results["all"] == {"n": 3, "right": 100, "not sure": 100, "wrong, but sure": 0, "ten lines": None}
 

@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of mnist.py and of tools/
 
 import mnist
-from tools import predict, weights
+from reader.digit import NO_DIGIT
+from tools import weights
 
 import onnx
 import torch
@@ -65,7 +66,7 @@ def to_page(model, images, labels):
         },
         "mean": mnist.MEAN,
         "std": mnist.STD,
-        "noDigit": predict.NO_DIGIT,
+        "noDigit": NO_DIGIT,
         "accuracy": f"{100 * (1 - len(wrong) / len(labels)):.2f}",
         "digits": [
             {"label": labels[i].item(), "answer": answers[i].item(), "pixels": encode(images[i])} for i in chosen

@@ -1,0 +1,76 @@
+"""Read handwritten digits on any picture. The files are the steps of its way, in this order:
+
+picture.py, rulings.py, frames.py, ink.py, segments.py, digit.py, lattice.py; sheet.py shows what was found.
+"""
+
+import math
+import typing
+
+import mnist
+from reader import ink, lattice, picture, segments
+from reader.digit import Digit, classify
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MIN_SIDE = 8  # pixels: a picture with shorter sides is refused
+SMALL = 100  # pixels: a picture with a shorter side is first enlarged, if its longer side allows it
+
+
+class Reading(typing.NamedTuple):
+    score: float = -math.inf
+    lines: list = ()  # of text, from top to bottom, each a list of Digit
+    is_whole: bool = False  # whether nothing is cut or left out
+
+
+def read_grey(model, grey, single):
+    """Return the Reading of the best hypothesis about a picture (H, W)."""
+    best = Reading()
+
+    def can_win(cost):
+        return best.score < -cost
+
+    for cost, density, strokes, frame in ink.hypotheses(grey, can_win):
+        paths = [
+            lattice.best_path(lattice.lattice(model, density, line))
+            for line in segments.segment(strokes, frame, single)
+        ]
+        if lines := [digits for _, digits, _ in paths if digits]:
+            score = sum(score for score, _, _ in paths) - cost
+            best = max(best, Reading(score, lines, all(is_whole for *_, is_whole in paths)), key=lambda one: one.score)
+    return best
+
+
+def enlarge(box, scale):
+    """Return the whole pixels that hold a box (left, top, right, bottom), `scale` (4,) times as large."""
+    left, top, right, bottom = (scale * box).round(6)
+    return [math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)]
+
+
+def read(model, image, single=False):
+    """Read the digits on a PIL image, or one alone if `single`.
+
+    Returns the lines from top to bottom, each a list of Digit from left to right, and whether the answer is sure. Ink
+    and background can be told apart in several ways, and strokes be divided into digits in several. All go through the
+    network, and what it finds likeliest counts. An image in MNIST's form goes there with nothing but its range
+    changed, if that is not 0 to 255. Raises UserError if there is no digit.
+    """
+    if max(image.size) < MIN_SIDE:
+        raise mnist.UserError(f"it has only {image.width} x {image.height} pixels")
+    image = ImageOps.exif_transpose(image)
+    grey = picture.to_grey(image)
+    if picture.is_mnist(pixels := np.array(grey)):
+        pixels = np.round(pixels if pixels.max() >= 254 else picture.stretch(pixels))  # MNIST's own reach 254 or 255
+        pixels = pixels.astype(np.uint8)
+        (box,) = segments.boxes_of((pixels > 0).astype(int))
+        lines, is_whole = [[Digit(box, pixels, classify(model, [pixels])[0])]], True
+    else:
+        times = max(1, min(math.ceil(SMALL / min(grey.size)), picture.LONG // max(grey.size)))
+        grey = grey.resize((times * grey.width, times * grey.height), Image.Resampling.BICUBIC)
+        _, lines, is_whole = read_grey(model, np.asarray(grey, dtype=np.float32), single)
+    if not lines:
+        raise mnist.UserError("there is no digit to be seen on it: of a whole page, cut out a part")
+    scale = np.tile(np.divide(image.size, grey.size), 2)
+    lines = [[digit._replace(box=enlarge(digit.box, scale)) for digit in line] for line in lines]
+    likely = [digit.probabilities.max() > 1 - digit.probabilities.sum() for line in lines for digit in line]
+    return lines, is_whole and all(likely)

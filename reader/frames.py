@@ -1,0 +1,124 @@
+"""From rulings to frames and tables: what belongs to them, or to the edges of the picture, is no ink of a digit."""
+
+from reader.rulings import EIGHT, REACH, find_runs
+
+import numpy as np
+from scipy import ndimage
+
+SHORTEST = 12  # pixels: what is shorter is not of a frame
+ALIKE = 0.1  # of a ruling's length: one that reaches as far, but for this, is as long
+FADED = 5  # pixels by which a ruling may go on, too pale to be found
+ALONG = 0.7  # of a stroke's height or width: what touches an edge of the picture as far lies along it
+
+
+def held_ends(ruling, others, shape):
+    """Return whether a Ruling across starts, and whether it ends, at an edge of the picture (H, W) or at another, down.
+
+    If it runs from edge to edge, it must cross one of them.
+    """
+    height, width = shape
+
+    def holds(other, x, y):
+        near = REACH + other.thickness / 2
+        return abs(other.at(y) - x) < near and other.x[0] - near < y < other.x[-1] + near
+
+    def crosses(other):
+        x = other.at(np.median(ruling.y))
+        return ruling.x[0] < x < ruling.x[-1] and holds(other, x, ruling.at(x))
+
+    ends = (ruling.x[0], ruling.y[0]), (ruling.x[-1], ruling.y[-1])
+    at_edge = [min(x, width - 1 - x, y, height - 1 - y) < REACH + ruling.thickness / 2 for x, y in ends]
+    if all(at_edge):
+        return [any(map(crosses, others))] * 2
+    return [edge or any(holds(other, *end) for other in others) for edge, end in zip(at_edge, ends, strict=True)]
+
+
+def as_long(rulings, others, shape, held):
+    """Return those of the Rulings across that are held at one end, and reach as far as one of those `held` at both."""
+    ends = np.array([ruling.x[[0, -1]] for ruling in held]).reshape(-1, 2)
+
+    def is_as_long(ruling):
+        return (abs(ends - ruling.x[[0, -1]]) < REACH + ALIKE * np.ptp(ruling.x)).all(axis=1).any()
+
+    return [ruling for ruling in rulings if is_as_long(ruling) and any(held_ends(ruling, others, shape))]
+
+
+def find_held(across, down, shape):
+    """Return which of the Rulings across and down others hold at both ends, or at one, if another such is as long."""
+    held = across, down
+    while True:
+        still = [ruling for ruling in held[0] if all(held_ends(ruling, held[1], shape))]
+        still = still, [ruling for ruling in held[1] if all(held_ends(ruling, still, shape[::-1]))]
+        if list(map(len, still)) == list(map(len, held)):
+            return as_long(across, held[1], shape, held[0]), as_long(down, held[0], shape[::-1], held[1])
+        held = still
+
+
+def erase_across(strokes, rulings):
+    """Remove the Rulings from strokes (H, W); of what crosses or touches them, only what is on them."""
+    number, at, top, bottom = find_runs(strokes)
+    gone, row = np.zeros_like(strokes), np.arange(len(strokes))[:, None]
+    for ruling in rulings:
+        x = np.arange(max(0, round(ruling.x[0]) - FADED), min(strokes.shape[1], round(ruling.x[-1]) + FADED + 1))
+        rows = ruling.at(x).round().astype(int) + np.array([[-1], [0], [1]])
+        on = np.unique(number[rows.clip(0, len(strokes) - 1), x])
+        on, half = on[on > 0], ruling.thickness / 2
+        above, below = ruling.at(at[on]) - half - top[on], bottom[on] - ruling.at(at[on]) - half
+        little = 1 + half / 2  # by which the ruling itself may be thicker
+        first, last = np.full((2, len(top)), [[np.inf], [-np.inf]])
+        ends = on[(above <= little) | (below <= little)]  # what goes on on both sides crosses the ruling, and stays
+        first[on] = np.where(above > little, top[on] + above, top[on])
+        last[on] = np.where(below > little, bottom[on] - below, bottom[on])
+        mask = np.isin(number[:, x], ends)
+        gone[:, x] |= mask & (row >= first[number[:, x]]) & (row <= last[number[:, x]])
+    return strokes & ~gone
+
+
+def erase(strokes, across, down):
+    """Remove the Rulings across and down from strokes (H, W); strokes that cross them stay."""
+    if not (across or down):
+        return strokes
+    rest = erase_across(strokes, across)
+    rest = erase_across(rest.T, down).T
+    rest = erase_across(rest, across)
+    near = ndimage.maximum_filter(strokes & ~rest, 7)  # what is nowhere farther away is left of the rulings
+    return ndimage.binary_propagation(rest & ~near, EIGHT, rest)
+
+
+def find_frames(across, down, strokes):
+    """Return which of the Rulings across and down strokes (H, W) are of frames and tables.
+
+    Those down reach over the highest of what is left without them, or the 8 of a display would be a frame.
+    """
+    across, down = ([ruling for ruling in rulings if np.ptp(ruling.x) > SHORTEST] for rulings in (across, down))
+    across, down = find_held(across, down, strokes.shape)
+    if not (across or down):
+        return across, down
+    rest, _ = ndimage.label(erase(strokes, across, down), EIGHT)
+    highest = max((y.stop - y.start for y, _ in ndimage.find_objects(rest)), default=0)
+    tall = [
+        ruling
+        for ruling in down
+        if np.ptp(ruling.x) > highest or ruling.x[0] < REACH or ruling.x[-1] > len(strokes) - 1 - REACH
+    ]
+    return find_held(across, tall, strokes.shape)
+
+
+def clear_edges(strokes):
+    """Remove from strokes (H, W) what lies along the picture's edges, if all else keeps clear of them.
+
+    A stroke lies along one if most of its side is there and it is solid, or far longer, as a cut ruling is; or if it
+    lies along two, as what is around a sheet does.
+    """
+    labels, count = ndimage.label(strokes, EIGHT)
+    sides = [[part.stop - part.start for part in place] for place in ndimage.find_objects(labels)]
+    height, width = np.array([[1, 1], *sides]).T
+    is_solid = 3 * np.bincount(labels.ravel()) > height * width
+    signs = np.zeros(count + 1)
+    for turned, side, depth in ((labels, width, height), (labels.T, height, width)):
+        for edge in turned[[0, -1]]:
+            is_along = np.bincount(edge, minlength=count + 1) > ALONG * side
+            signs += is_along * (1 + (is_solid | (3 * side < depth)))
+    rest = strokes & ~(signs > 1)[labels]
+    is_clear = not (rest[[0, -1]].any() or rest[:, [0, -1]].any())
+    return rest if rest.any() and is_clear else strokes

@@ -1,0 +1,156 @@
+"""From shades of grey to hypotheses: the ways in which ink can be told from what it is written on."""
+
+import math
+
+from reader import frames, rulings
+from reader.rulings import EIGHT
+
+import numpy as np
+from scipy import ndimage
+
+MIN_CONTRAST = 8  # levels of grey, of 255, that a picture must span
+
+# --- The background ------------------------------------------------------------------------------------------------
+
+
+def otsu(values):
+    """Return the threshold between two classes of `values`: Otsu, A threshold selection method, 1979."""
+    counts, edges = np.histogram(values, 64)
+    centres = (edges[1:] + edges[:-1]) / 2
+    share = counts.cumsum()[:-1] / counts.sum()
+    moment = (counts * centres).cumsum() / counts.sum()
+    between = (moment[-1] * share - moment[:-1]) ** 2 / (share * (1 - share)).clip(1e-9)
+    return edges[1 + between.argmax()]
+
+
+def flatten(grey, part):
+    """Subtract from a part of a picture (H, W; H, W) the least-squares plane: light that falls from one side."""
+    y, x = np.mgrid[: grey.shape[0], : grey.shape[1]].astype(np.float32)
+    terms = np.stack([np.ones_like(x), x, y], axis=-1)
+    grey = grey - terms @ np.linalg.lstsq(terms[part], grey[part], rcond=None)[0]
+    return np.where(part, grey, np.median(grey[part]))
+
+
+def between(light):
+    """Return which pixels (H, W) have light ones on the left and on the right."""
+    return np.logical_or.accumulate(light, axis=1) & np.logical_or.accumulate(light[:, ::-1], axis=1)[:, ::-1]
+
+
+def extent(mask):
+    """Return the height and width of what is true in a mask (H, W)."""
+    return [np.ptp(places) + 1 for places in np.nonzero(mask)]
+
+
+def find_sheet(light):
+    """Find a light sheet with little ink on something dark, given which pixels (H, W) of a picture are light.
+
+    Returns which pixels are on it; None if there is no sheet of more than half the picture's width and height.
+    """
+    labels, _ = ndimage.label(light)
+    largest = labels == np.bincount(labels.ravel())[1:].argmax() + 1
+    size = extent(largest)
+    large = all(2 * length > side for length, side in zip(size, light.shape, strict=True))
+    if not large or largest.sum() < 0.7 * math.prod(size):
+        return None
+    sheet = between(largest) | between(largest.T).T
+    inside = ndimage.minimum_filter(sheet, 5)  # less its edge
+    return inside if inside.any() and not sheet.all() else None
+
+
+NO_TABLE = 5  # the cost of reading what is on a sheet alone if all around it is light
+
+
+def views(grey):
+    """Yield each way to look at a picture (H, W): at all of it, or at a sheet alone; at dark ink, or at light.
+
+    Each is (cost, the picture with light ink (H, W), the height and width of the picture or the sheet).
+    """
+    flat = flatten(grey, np.ones_like(grey, dtype=bool))
+    if np.ptp(flat) < MIN_CONTRAST:
+        return
+    light, as_is = flat > otsu(flat), grey > otsu(grey)
+    polarities = ((-1, light, as_is), (1, ~light, ~as_is))  # dark ink, then light ink
+    for polarity, on, _ in polarities:
+        border = np.concatenate([on[0], on[-1], on[1:-1, 0], on[1:-1, -1]])
+        if on.mean() + border.mean() > 0.6:  # it may be the background
+            yield 0, polarity * flat, grey.shape
+    for polarity, on, as_is in polarities:
+        sheet = find_sheet(on)
+        if sheet is None:  # the plane may be tilted by a sheet that is not in the middle
+            sheet = find_sheet(as_is)
+        if sheet is not None:
+            yield NO_TABLE * on[~sheet].mean(), polarity * flatten(grey, sheet), extent(sheet)
+
+
+# --- Ink and strokes -----------------------------------------------------------------------------------------------
+
+WINDOW = 5  # times as wide as the strokes: what is wider belongs to the background
+FAINT, DARK = 0.22, 0.4  # a stroke is what is above FAINT of the level of ink and connected with what is above DARK
+
+
+def subtract_background(grey, window):
+    """Return how far each pixel of a picture (H, W) is above the background, which is wider than the window."""
+    grey = grey - ndimage.grey_opening(ndimage.uniform_filter(grey, 3), size=(window, window))
+    return grey - np.median(grey[grey <= otsu(grey)])
+
+
+def find_ink(grey):
+    """Find light ink on a darker background in a picture (H, W).
+
+    Returns how much ink each pixel holds, from 0 to 1, and which pixels may belong to a stroke, both (H, W); None if
+    nothing stands out.
+    """
+    if np.ptp(grey) < MIN_CONTRAST:
+        return None
+    window = max(grey.shape) // 2
+    for _ in range(2):  # then with a window that follows the thickness of the strokes
+        ink = subtract_background(grey, window)
+        smooth = ndimage.uniform_filter(ink, 3)
+        level = np.median(smooth[smooth >= smooth.max() / 2])
+        noise = 1.5 * np.median(np.abs(ink - smooth))  # the standard deviation, if it is normal
+        if level < max(MIN_CONTRAST, 4 * noise):
+            return None
+        strokes = smooth > FAINT * level
+        outline = strokes & ~ndimage.binary_erosion(strokes)
+        window = min(window, round(WINDOW * 2 * strokes.sum() / outline.sum()))
+    floor = max(0.1 * level, 2 * noise)
+    return ((ink - floor) / (level - floor)).clip(0, 1), strokes
+
+
+def hysteresis(ink, strokes):
+    """Return the strokes (H, W) that have dark pixels, given the ink (H, W)."""
+    return ndimage.binary_propagation((ndimage.uniform_filter(ink, 3) > DARK) & strokes, EIGHT, strokes)
+
+
+# --- All together --------------------------------------------------------------------------------------------------
+
+GUESS = 0.75  # the cost of removing the lines of ruled paper, as a log-probability
+LINE = 0.9  # of the paper's width or height: what is longer may be a line of ruled paper
+
+
+def hypotheses(grey, can_win):
+    """Yield each way to find ink in a picture (H, W) whose cost can still win, which `can_win(cost)` tells.
+
+    Each is (cost, how much ink each pixel holds, from 0 to 1 (H, W), which pixels are of a stroke (H, W), the Rulings
+    across and down of frames).
+    """
+    for cost, view, size in views(grey):
+        if not can_win(cost) or (found := find_ink(view)) is None:
+            continue
+        ink, strokes = found
+        found = rulings.find_rulings(strokes), rulings.find_rulings(strokes.T)
+        frame = frames.find_frames(*found, strokes)
+        ruled = [
+            own + [ruling for ruling in others if np.ptp(ruling.x) > LINE * length]
+            for own, others, length in zip(frame, found, size[::-1], strict=True)
+        ]
+        if sum(map(len, frame)) < 3 or not hysteresis(ink, frames.erase(strokes, *frame)).any():
+            frame = [], []  # it may be the bars of a 4, or all of a 0
+        before = None
+        for extra, erased in ((0, frame), (GUESS, ruled)):
+            if can_win(cost + extra):
+                rest = frames.erase(strokes, *erased)
+                if before is None or (rest != before).any():
+                    left = np.where(strokes & ~rest, 0, ink)
+                    yield cost + extra, left, frames.clear_edges(hysteresis(left, rest)), frame
+                before = rest
