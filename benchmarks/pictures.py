@@ -16,12 +16,16 @@ no answer is sure.
 import argparse
 import csv
 import io
+import itertools
 import json
 import math
 from pathlib import Path
 
 import mnist
+import reader
 from benchmarks import command_of, commit, machine, positive
+from reader import sheet
+from reader.picture import load
 from tools import predict, weights
 
 import numpy as np
@@ -167,6 +171,105 @@ KINDS = {
     "two digits side by side": [ink],
 }
 
+# --- Numbers, forms and lines: each function takes an endless iterator of (digit, label), and draws a picture ------
+
+
+def height_of(digit, height):
+    """Crop an MNIST digit to its ink; MNIST's box of 20 x 20 pixels becomes `height` pixels high."""
+    digit = digit.crop(digit.getbbox())
+    return digit.resize([max(2, round(side * height / 20)) for side in digit.size], Image.Resampling.BICUBIC)
+
+
+def write(paper, digit, x, y):
+    paper.paste(47, (round(x), round(y)), digit)
+
+
+def askew(paper, rng):
+    return paper.rotate(rng.uniform(-3, 3), Image.Resampling.BICUBIC, fillcolor=235)
+
+
+def write_in(paper, digit, box, rng):
+    """Write a digit anywhere in a box (left, top, width, height)."""
+    left, top, width, height = box
+    write(
+        paper,
+        digit,
+        *(
+            place + rng.uniform(0.1, 0.9) * room
+            for place, room in ((left, width - digit.width), (top, height - digit.height))
+        ),
+    )
+
+
+def one_box(digits, rng):
+    """Draw a digit in a box of any shape, anywhere in a picture of any shape."""
+    digit, label = next(digits)
+    width, height = rng.uniform(120, 320, 2)
+    paper = Image.new("L", (round(width * rng.uniform(1.05, 2.5)), round(height * rng.uniform(1.05, 2.5))), 235)
+    left, top = rng.uniform(0, paper.width - width), rng.uniform(0, paper.height - height)
+    outline = {"outline": int(rng.integers(20, 150)), "width": int(rng.integers(2, 11))}
+    ImageDraw.Draw(paper).rectangle((left, top, left + width, top + height), **outline)
+    digit = height_of(digit, rng.uniform(0.4, 0.75) * min(width, height))
+    write_in(paper, digit, (left + 10, top + 10, width - 20, height - 20), rng)
+    return askew(paper, rng), label
+
+
+def row_of_boxes(digits, rng):
+    """Draw three to eight boxes of a form, of which a tenth are empty, with margins of 5 to 100 % of a box."""
+    count, width = int(rng.integers(3, 9)), rng.uniform(80, 140)
+    height, margin = width * rng.uniform(0.9, 1.5), width * rng.uniform(0.05, 1)
+    paper = Image.new("L", (round(count * width + 2 * margin), round(height + 2 * margin)), 235)
+    draw, number = ImageDraw.Draw(paper), ""
+    outline = {"outline": int(rng.integers(20, 150)), "width": int(rng.integers(2, 8))}
+    for i in range(count):
+        left = margin + i * width
+        draw.rectangle((left, margin, left + width, margin + height), **outline)
+        if i == 0 or rng.random() < 0.9:
+            digit, label = next(digits)
+            digit = height_of(digit, rng.uniform(0.45, 0.75) * min(width, height))
+            write_in(paper, digit, (left + 7, margin + 7, width - 14, height - 14), rng)
+            number += label
+    return askew(paper, rng), number
+
+
+def line_of(digits, rng, gap):
+    """Write a number of two to five digits, 80 pixels high and `gap` apart, as MNIST does: white on black."""
+    line, number, x = Image.new("L", (600, 100)), "", 0
+    for digit, label in itertools.islice(digits, int(rng.integers(2, 6))):
+        digit = height_of(digit, 80 * rng.uniform(0.9, 1.1))
+        line.paste(255, (int(x), (100 - digit.height) // 2), digit)
+        x += digit.width + gap
+        number += label
+    return line.crop(line.getbbox()), number
+
+
+def touching(digits, rng):
+    """Write a number whose digits touch or overlap."""
+    line, number = line_of(digits, rng, gap=rng.uniform(-11, 0))
+    paper = Image.new("L", (line.width + 60, line.height + 60), 235)
+    write(paper, line, 30, 30)
+    return paper, number
+
+
+def close_lines(digits, rng):
+    """Write two or three lines, 4 to 40 % of a digit's height apart."""
+    lines, labels = zip(*[line_of(digits, rng, gap=rng.uniform(8, 32)) for _ in range(rng.integers(2, 4))], strict=True)
+    gap = 80 * rng.uniform(0.04, 0.4)
+    width, height = max(line.width for line in lines), sum(line.height + gap for line in lines)
+    paper, y = Image.new("L", (width + 60, round(height) + 60), 235), 30
+    for line in lines:
+        write(paper, line, 30 + rng.uniform(0, 0.3) * (width - line.width), y)
+        y += line.height + gap
+    return paper, " ".join(labels)
+
+
+SCENES = {
+    "in a box of any shape, anywhere": one_box,
+    "a form's row of boxes": row_of_boxes,
+    "close lines": close_lines,
+    "digits that touch": touching,
+}
+
 # What is no digit: the strokes of each, as the columns and rows of points on a grid of 5 x 5.
 LETTERS = [
     "04 20 44, 12 32",  # A
@@ -199,14 +302,33 @@ SHAPES = [
 
 
 def drawn(strokes, rng):
-    """Draw strokes by hand: dark on light, 224 x 224 pixels."""
+    """Draw strokes by hand, each a list of points (column, row): dark on light, 224 x 224 pixels."""
     paper = Image.new("L", (224, 224), 235)
     width = int(rng.integers(8, 25))
-    for stroke in strokes.split(", "):
-        points = np.array([[int(column), int(row)] for column, row in stroke.split()])
-        points = 40 * points + 32 + rng.normal(0, 6, points.shape)
+    for points in strokes:
+        points = np.array(points) + rng.normal(0, 6, (len(points), 2))
         ImageDraw.Draw(paper).line(points.ravel().tolist(), fill=47, width=width, joint="curve")
     return paper
+
+
+def on_grid(strokes):
+    """Return the strokes of LETTERS or SHAPES in pixels."""
+    return [[(40 * int(x) + 32, 40 * int(y) + 32) for x, y in stroke.split()] for stroke in strokes.split(", ")]
+
+
+def flagged_one(rng):
+    """Draw a 1 whose flag is 0.3 to 0.6 of its height."""
+    slant, length, slope = rng.uniform((-10, 48, 0.6), (50, 96, 1.3))
+    across = length / math.hypot(1, slope)
+    top = 112 + slant
+    return drawn([[(top - across, 32 + slope * across), (top, 32), (112 - slant, 192)]], rng)
+
+
+def seven(rng):
+    """Draw a 7 whose bar is 0.45 to 0.7 of its height."""
+    slant, length, slope = rng.uniform((10, 72, -0.15), (50, 112, 0.15))
+    top = 122 + slant
+    return drawn([[(top - length, 32 + slope * length), (top, 32), (122 - slant, 192)]], rng)
 
 
 # --- Measurement ---------------------------------------------------------------------------------------------------
@@ -234,7 +356,12 @@ def made_up(count):
     yield "UCI's digits, 8 x 8", small, answers
     yield "UCI's digits, enlarged to 64 x 64", large, answers
     for kind, table in (("no digit: letters", LETTERS), ("no digit: shapes", SHAPES)):
-        yield kind, [drawn(table[i % len(table)], rng) for i in range(count)], [""] * count
+        yield kind, [drawn(on_grid(table[i % len(table)]), rng) for i in range(count)], [""] * count
+    digits = ((Image.fromarray(images[i]), labels[i]) for i in itertools.cycle(range(count)))
+    for kind, scene in SCENES.items():
+        yield kind, *zip(*[scene(digits, rng) for _ in range(count)], strict=True)
+    yield "1s with a flag, drawn", [flagged_one(rng) for _ in range(count)], ["1"] * count
+    yield "7s, drawn", [seven(rng) for _ in range(count)], ["7"] * count
 
 
 def labelled(folder):
@@ -293,7 +420,7 @@ def by_hand(image):
 def measure(model, pictures, labels):
     """Read PIL images, or files of pictures, and compare the answers with the labels.
 
-    Returns shares of the pictures in %, and predict.to_row() of each mistake. The share that is right if prepared
+    Returns shares of the pictures in %, and sheet.to_row() of each mistake. The share that is right if prepared
     by_hand() is None where a label is not one digit.
     """
     right, sure, ten_lines, mistakes = [], [], [], []
@@ -301,8 +428,8 @@ def measure(model, pictures, labels):
     for picture, label in zip(pictures, labels, strict=True):
         image, lines, result = Image.new("L", (28, 28)), [], None
         try:
-            image = predict.read_picture(picture)[0] if isinstance(picture, Path) else picture
-            lines, certain = predict.read(model, image)
+            image = load(picture)[0] if isinstance(picture, Path) else picture
+            lines, certain = reader.read(model, image)
             result = predict.as_result("", lines, certain, 1)
             caption = predict.as_text(result)
         except mnist.UserError as error:
@@ -315,7 +442,7 @@ def measure(model, pictures, labels):
             ten_lines.append(str(mnist.classify(model, form).argmax().item()) == label)
         if not right[-1]:
             name = picture.name if isinstance(picture, Path) else "it"
-            mistakes.append(predict.to_row(image, lines, f"{name} is {label or 'no digit'}{caption}"))
+            mistakes.append(sheet.to_row(image, lines, f"{name} is {label or 'no digit'}{caption}"))
     right, sure = np.array(right), np.array(sure)
     columns = {"right": right, "not sure": ~sure, "wrong, but sure": sure & ~right, "ten lines": ten_lines}
     shares = {name: 100 * np.mean(values).item() if len(values) else None for name, values in columns.items()}
@@ -363,7 +490,7 @@ def main(argv=()):
         } | {"n": sum(counts)}
         report("all")
     if mistakes:
-        predict.write_sheet(mistakes[:MOST], SHEET)
+        sheet.write(mistakes[:MOST], SHEET)
         print(f"\n{min(len(mistakes), MOST)} of {len(mistakes)} mistakes are shown in {SHEET}.")
     if args.out:
         mnist.write(args.out, (json.dumps({**origin, "kinds": results}, indent=1) + "\n").encode())
