@@ -124,7 +124,7 @@ def hysteresis(ink, strokes):
 
 # --- All together --------------------------------------------------------------------------------------------------
 
-GUESS = 0.75  # the cost of removing the lines of ruled paper, as a log-probability
+GUESS = 0.75  # the cost of removing the lines of ruled paper, or what lies along the edges, as a log-probability
 LINE = 0.9  # of the paper's width or height: what is longer may be a line of ruled paper
 
 
@@ -152,5 +152,7 @@ def hypotheses(grey, can_win):
                 rest = frames.erase(strokes, *erased)
                 if before is None or (rest != before).any():
                     left = np.where(strokes & ~rest, 0, ink)
-                    yield cost + extra, left, frames.clear_edges(hysteresis(left, rest)), frame
+                    found = hysteresis(left, rest)
+                    clear = frames.clear_edges(found)
+                    yield cost + extra + GUESS * (clear != found).any(), left, clear, frame
                 before = rest

@@ -564,6 +564,11 @@ def test_rows_of_a_table_are_lines():
     assert [digit["line"] for digit in result["digits"]] == [0, 0, 1, 2, 2]
 
 
+def test_digits_of_a_row_are_one_line_at_any_height():
+    pixels = put(put(table(["  "], cell=200), "4", 90, 36), "7", 290, 120)
+    assert read(pixels)[0] == "47"
+
+
 def test_empty_table_is_not_sure():
     assert not reader.read(pretrained(), Image.fromarray(table(["   ", "   "])))[1]
 
@@ -595,23 +600,29 @@ def test_close_lines_are_not_merged(gap):
 
 def sliver(pixels):
     """Leave what a crop shows of the next cell."""
-    return draw(pixels, (2, 0, 2, len(pixels)), width=6)
-
-
-def corner(pixels):
-    pixels = pixels.copy()
-    for i in range(40):
-        pixels[-40 + i :, -1 - i :] = 70
-    return pixels
+    return draw(pixels, (2, 30, 2, len(pixels)), width=6)
 
 
 def cut_line(pixels):
     return draw(pixels, (14, 0, 14, 120), width=5)
 
 
-@pytest.mark.parametrize("rest", [sliver, corner, cut_line])
+def torn(pixels):
+    """Put the sheet on dark ground, which shows on two sides."""
+    pixels = np.pad(cut_line(pixels), ((0, 30), (0, 40)), constant_values=60)
+    return np.array(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(1)))
+
+
+@pytest.mark.parametrize("rest", [sliver, cut_line, torn])
 def test_what_lies_along_the_edge_is_no_digit(rest):
-    assert read(rest(write("25", margin=40)))[0] == "25"
+    lines, sure = reader.read(pretrained(), Image.fromarray(rest(write("25", margin=40))))
+    assert predict.as_result("", lines, sure, 1)["number"] == "25"
+    assert sure
+
+
+def test_digit_that_hangs_on_a_line_along_the_edge_stays():
+    pixels = put(put(page(180, 300), "2", 60, 0), "5", 170, 30)
+    assert len(read(draw(pixels, (40, 2, 150, 2), (100, 2, 100, 30), width=5))[0]) == 2
 
 
 def test_one_at_the_edge_of_a_tight_crop_is_a_digit():
