@@ -607,13 +607,7 @@ def cut_line(pixels):
     return draw(pixels, (14, 0, 14, 120), width=5)
 
 
-def torn(pixels):
-    """Put the sheet on dark ground, which shows on two sides."""
-    pixels = np.pad(cut_line(pixels), ((0, 30), (0, 40)), constant_values=60)
-    return np.array(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(1)))
-
-
-@pytest.mark.parametrize("rest", [sliver, cut_line, torn])
+@pytest.mark.parametrize("rest", [sliver, cut_line])
 def test_what_lies_along_the_edge_is_no_digit(rest):
     lines, sure = reader.read(pretrained(), Image.fromarray(rest(write("25", margin=40))))
     assert predict.as_result("", lines, sure, 1)["number"] == "25"
