@@ -619,6 +619,13 @@ def test_digit_that_hangs_on_a_line_along_the_edge_stays():
     assert len(read(draw(pixels, (40, 2, 150, 2), (100, 2, 100, 30), width=5))[0]) == 2
 
 
+def test_zero_that_fills_its_picture_is_not_the_one_of_its_hole():
+    image = Image.new("L", (112, 112))
+    ImageDraw.Draw(image).ellipse((14, 0, 98, 111), fill=255)
+    ImageDraw.Draw(image).polygon([(52, 84), (46, 74), (58, 28), (66, 34)], fill=0)
+    assert read(image.filter(ImageFilter.GaussianBlur(4)))[0] == "0"
+
+
 def test_one_at_the_edge_of_a_tight_crop_is_a_digit():
     pixels = draw(np.pad(write("25", margin=0), ((0, 0), (40, 0)), constant_values=230), (4, 16, 4, 96), width=9)
     assert read(pixels[18:95])[0] == "125"
