@@ -191,14 +191,8 @@ def askew(paper, rng):
 def write_in(paper, digit, box, rng):
     """Write a digit anywhere in a box (left, top, width, height)."""
     left, top, width, height = box
-    write(
-        paper,
-        digit,
-        *(
-            place + rng.uniform(0.1, 0.9) * room
-            for place, room in ((left, width - digit.width), (top, height - digit.height))
-        ),
-    )
+    x = left + rng.uniform(0.1, 0.9) * (width - digit.width)
+    write(paper, digit, x, top + rng.uniform(0.1, 0.9) * (height - digit.height))
 
 
 def one_box(digits, rng):

@@ -138,11 +138,11 @@ def hypotheses(grey, can_win):
         if not can_win(cost) or (found := find_ink(view)) is None:
             continue
         ink, strokes = found
-        found = rulings.find_rulings(strokes), rulings.find_rulings(strokes.T)
-        frame = frames.find_frames(*found, strokes)
+        lines = rulings.find_rulings(strokes), rulings.find_rulings(strokes.T)
+        frame = frames.find_frames(*lines, strokes)
         ruled = [
             own + [ruling for ruling in others if np.ptp(ruling.x) > LINE * length]
-            for own, others, length in zip(frame, found, size[::-1], strict=True)
+            for own, others, length in zip(frame, lines, size[::-1], strict=True)
         ]
         if sum(map(len, frame)) < 3 or not hysteresis(ink, frames.erase(strokes, *frame)).any():
             frame = [], []  # it may be the bars of a 4, or all of a 0
@@ -152,7 +152,7 @@ def hypotheses(grey, can_win):
                 rest = frames.erase(strokes, *erased)
                 if before is None or (rest != before).any():
                     left = np.where(strokes & ~rest, 0, ink)
-                    found = hysteresis(left, rest)
-                    clear = frames.clear_edges(found)
-                    yield cost + extra + GUESS * (clear != found).any(), left, clear, frame
+                    whole = hysteresis(left, rest)
+                    clear = frames.clear_edges(whole)
+                    yield cost + extra + GUESS * (clear != whole).any(), left, clear, frame
                 before = rest
