@@ -11,10 +11,17 @@ FADED = 5  # pixels by which a ruling may go on, too pale to be found
 ALONG = 0.7  # of a stroke's height or width: what touches an edge of the picture as far lies along it
 
 
-def held_ends(ruling, others, shape):
+def are_alike(ruling, rulings):
+    """Return which of the rulings (N,) start and end as far across as one, but for a tenth of its length."""
+    ends = np.array([other.x[[0, -1]] for other in rulings]).reshape(-1, 2)
+    return (abs(ends - ruling.x[[0, -1]]) < REACH + ALIKE * np.ptp(ruling.x)).all(axis=1)
+
+
+def held_ends(ruling, own, others, shape):
     """Return whether a Ruling across starts, and whether it ends, at an edge of the picture (H, W) or at another, down.
 
-    If it runs from edge to edge, it must cross one of them.
+    If it runs from edge to edge, it must cross one of them. What is thicker than what it ends at is a digit's stroke,
+    if no other of its `own` direction is as long: then it may be two sides of cells.
     """
     height, width = shape
 
@@ -30,28 +37,25 @@ def held_ends(ruling, others, shape):
     at_edge = [min(x, width - 1 - x, y, height - 1 - y) < REACH + ruling.thickness / 2 for x, y in ends]
     if all(at_edge):
         return [any(map(crosses, others))] * 2
+    sides = 2 if are_alike(ruling, own).sum() > 1 else 1
+    others = [other for other in others if ruling.thickness < sides * other.thickness + 1]
     return [edge or any(holds(other, *end) for other in others) for edge, end in zip(at_edge, ends, strict=True)]
-
-
-def as_long(rulings, others, shape, held):
-    """Return those of the Rulings across that are held at one end, and reach as far as one of those `held` at both."""
-    ends = np.array([ruling.x[[0, -1]] for ruling in held]).reshape(-1, 2)
-
-    def is_as_long(ruling):
-        return (abs(ends - ruling.x[[0, -1]]) < REACH + ALIKE * np.ptp(ruling.x)).all(axis=1).any()
-
-    return [ruling for ruling in rulings if is_as_long(ruling) and any(held_ends(ruling, others, shape))]
 
 
 def find_held(across, down, shape):
     """Return which of the Rulings across and down others hold at both ends, or at one, if another such is as long."""
     held = across, down
     while True:
-        still = [ruling for ruling in held[0] if all(held_ends(ruling, held[1], shape))]
-        still = still, [ruling for ruling in held[1] if all(held_ends(ruling, still, shape[::-1]))]
+        still = [ruling for ruling in held[0] if all(held_ends(ruling, *held, shape))]
+        still = still, [ruling for ruling in held[1] if all(held_ends(ruling, held[1], still, shape[::-1]))]
         if list(map(len, still)) == list(map(len, held)):
-            return as_long(across, held[1], shape, held[0]), as_long(down, held[0], shape[::-1], held[1])
+            break
         held = still
+
+    def as_long(rulings, own, others, shape):
+        return [one for one in rulings if are_alike(one, own).any() and any(held_ends(one, rulings, others, shape))]
+
+    return as_long(across, *held, shape), as_long(down, *held[::-1], shape[::-1])
 
 
 def erase_across(strokes, rulings):

@@ -290,6 +290,13 @@ def test_bar_of_a_four_in_a_narrow_box_is_no_line():
     assert read(draw(four(), *box, width=3)[6:94, 6:74])[0] == "4"
 
 
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("across", [[], [10, 37, 64, 91]])
+def test_stem_from_one_ruled_line_to_the_next_is_no_side_of_a_cell(across, width):
+    lines = [(0, 30, 99, 30), (0, 80, 99, 80), *((x, 0, x, 99) for x in across)]
+    assert read(draw(four(), *lines, width=width))[0] == "4"
+
+
 def test_straight_digit_is_no_line():
     pixels = np.full((60, 20), 230, dtype=np.uint8)
     pixels[:, 8:12] = 30
