@@ -60,6 +60,8 @@ def find_held(across, down, shape):
 
 def erase_across(strokes, rulings):
     """Remove the Rulings from strokes (H, W); of what crosses or touches them, only what is on them."""
+    if not rulings:
+        return strokes
     number, at, top, bottom = find_runs(strokes)
     gone, row = np.zeros_like(strokes), np.arange(len(strokes))[:, None]
     for ruling in rulings:
@@ -80,13 +82,7 @@ def erase_across(strokes, rulings):
 
 def erase(strokes, across, down):
     """Remove the Rulings across and down from strokes (H, W); strokes that cross them stay."""
-    if not (across or down):
-        return strokes
-    rest = erase_across(strokes, across)
-    rest = erase_across(rest.T, down).T
-    rest = erase_across(rest, across)
-    near = ndimage.maximum_filter(strokes & ~rest, 7)  # what is nowhere farther away is left of the rulings
-    return ndimage.binary_propagation(rest & ~near, EIGHT, rest)
+    return erase_across(erase_across(strokes, across).T, down).T
 
 
 def find_frames(across, down, strokes):

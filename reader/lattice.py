@@ -38,8 +38,6 @@ def candidates(line, ink, height):
     count = len(line.boxes)
     for start in range(count):
         for stop in range(start + 1, min(count, start + MOST) + 1):
-            if line.cells[start] != line.cells[stop - 1]:
-                break
             left, top = line.boxes[start:stop, :2].min(axis=0).tolist()
             right, bottom = line.boxes[start:stop, 2:].max(axis=0).tolist()
             if stop - start > 1 and right - left > WIDEST * max(height, bottom - top):

@@ -17,7 +17,6 @@ class Line(typing.NamedTuple):
     labels: np.ndarray  # (H, W): 1 to N in the pixels of a segment, else 0
     boxes: np.ndarray  # (N, 4): left, top, right, bottom
     is_cut: np.ndarray  # bool (N,): whether a stroke was cut between the segment and the one before
-    cells: np.ndarray  # (N,): the column of the table in which it is
 
 
 def boxes_of(labels):
@@ -118,5 +117,5 @@ def segment(strokes, frame, single):
         own = own[np.argsort(boxes[own, 0] + boxes[own, 2], kind="stable")]
         number = np.zeros(len(owner) + 1, dtype=int)
         number[own + 1] = range(1, len(own) + 1)
-        lines.append(Line(number[labels], boxes[own], np.append(False, np.diff(owner[own]) == 0), cells[owner[own]]))
+        lines.append(Line(number[labels], boxes[own], np.append(False, np.diff(owner[own]) == 0)))
     return lines

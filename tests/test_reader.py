@@ -297,6 +297,12 @@ def test_stem_from_one_ruled_line_to_the_next_is_no_side_of_a_cell(across, width
     assert read(draw(four(), *lines, width=width))[0] == "4"
 
 
+def test_bars_of_a_cropped_four_are_no_frame():
+    lines = (30, 20, 22, 50), (22, 50, 60, 50), (50, 20, 50, 80)
+    pixels = draw(np.full((100, 100), 230, dtype=np.uint8), *lines, width=6)
+    assert read(pixels[picture.bounding_box(pixels < 128)])[0] == "4"
+
+
 def test_straight_digit_is_no_line():
     pixels = np.full((60, 20), 230, dtype=np.uint8)
     pixels[:, 8:12] = 30
@@ -563,6 +569,11 @@ def test_boxes_of_a_form_are_read(margin):
     lines, sure = reader.read(pretrained(), Image.fromarray(table(["13 17"], margin=margin)))
     assert predict.as_result("", lines, sure, 1)["number"] == "1317"
     assert sure
+
+
+def test_table_may_lie_askew():
+    image = Image.fromarray(table(["47", "74"]))
+    assert read(image.rotate(8, Image.Resampling.BICUBIC, expand=True, fillcolor=230))[0] == "47 74"
 
 
 def test_rows_of_a_table_are_lines():
