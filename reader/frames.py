@@ -82,7 +82,9 @@ def erase_across(strokes, rulings):
 
 def erase(strokes, across, down):
     """Remove the Rulings across and down from strokes (H, W); strokes that cross them stay."""
-    return erase_across(erase_across(strokes, across).T, down).T
+    rest = erase_across(erase_across(strokes, across).T, down).T
+    near = ndimage.maximum_filter(strokes & ~rest, 7)  # what is nowhere farther away is left of the rulings
+    return ndimage.binary_propagation(rest & ~near, EIGHT, rest)
 
 
 def find_frames(across, down, strokes):

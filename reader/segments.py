@@ -53,8 +53,8 @@ def group(boxes, rows, cells):
     follows = (2 * down >= lower) & np.less.outer(left + right, left + right)
     nearest = np.where(follows, across, -np.inf)
     follows &= nearest == nearest.max(axis=1, keepdims=True)
-    near = np.where(lower < 0.6 * higher, 0.1 * higher, 0)  # two that are as high are digits of two lines
-    stacked = (2 * across >= np.minimum.outer(width, width)) & (down >= -near)
+    gap = 0.1 * higher * np.where(lower < 0.6 * higher, 1, -1)  # two that are as high are digits of two lines
+    stacked = (2 * across >= np.minimum.outer(width, width)) & (down >= -gap)
     same_row = np.equal.outer(rows, rows)
     beside = np.not_equal.outer(cells, cells) & (down > -0.3 * higher)
     linked = same_row & (follows | stacked | beside)

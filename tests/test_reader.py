@@ -602,18 +602,28 @@ def test_digit_that_reaches_into_the_next_row_is_cut():
     assert read(draw(pixels, (270, 150, 270, 220), width=10))[0] == "042 068"
 
 
+def test_digits_that_rest_on_a_line_are_sure():
+    image = Image.new("L", (160, 100), 230)
+    for left in (20, 85):
+        ImageDraw.Draw(image).ellipse((left, 15, left + 50, 75), outline=30, width=5)
+    ImageDraw.Draw(image).line((0, 74, 159, 71), fill=30)
+    lines, sure = reader.read(pretrained(), image)
+    assert [digit.probabilities.argmax() for digit in lines[0]] == [0, 0]
+    assert sure
+
+
 def test_eight_of_a_display_is_no_frame():
     two = [(30, 30, 80, 30), (30, 80, 80, 80), (30, 130, 80, 130), (80, 30, 80, 80), (30, 80, 30, 130)]
     eight = [(120, 30, 170, 30), (120, 80, 170, 80), (120, 130, 170, 130), (120, 30, 120, 130), (170, 30, 170, 130)]
     assert read(draw(page(160, 200), *two, *eight, width=9))[0] == "28"
 
 
-@pytest.mark.parametrize("gap", [12, 20, 30])
-def test_close_lines_are_not_merged(gap):
+@pytest.mark.parametrize(("above", "below", "gap"), [("27", "74", 4), *[("945", "317", gap) for gap in (12, 20, 30)]])
+def test_close_lines_are_not_merged(above, below, gap):
     pixels = page(300, 460)
-    for top, number in ((40, "945"), (40 + 82 + gap, "317")):  # of 112 pixels, 82 hold the digits
+    for top, number in ((40, above), (40 + 82 + gap, below)):  # of 112 pixels, 82 hold the digits
         put(pixels, number, 40, top)
-    assert read(pixels)[0] == "945 317"
+    assert read(pixels)[0] == f"{above} {below}"
 
 
 def sliver(pixels):
