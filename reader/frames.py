@@ -59,11 +59,11 @@ def find_held(across, down, shape):
 
 
 def erase_across(strokes, rulings):
-    """Remove the Rulings from strokes (H, W); of what crosses or touches them, only what is on them."""
+    """Remove the Rulings from strokes (H, W); what crosses or touches them stays."""
     if not rulings:
         return strokes
     number, at, top, bottom = find_runs(strokes)
-    gone, row = np.zeros_like(strokes), np.arange(len(strokes))[:, None]
+    gone = np.zeros_like(strokes)
     for ruling in rulings:
         x = np.arange(max(0, round(ruling.x[0]) - FADED), min(strokes.shape[1], round(ruling.x[-1]) + FADED + 1))
         rows = ruling.at(x).round().astype(int) + np.array([[-1], [0], [1]])
@@ -71,12 +71,7 @@ def erase_across(strokes, rulings):
         on, half = on[on > 0], ruling.thickness / 2
         above, below = ruling.at(at[on]) - half - top[on], bottom[on] - ruling.at(at[on]) - half
         little = 1 + half / 2  # by which the ruling itself may be thicker
-        first, last = np.full((2, len(top)), [[np.inf], [-np.inf]])
-        ends = on[(above <= little) | (below <= little)]  # what goes on on both sides crosses the ruling, and stays
-        first[on] = np.where(above > little, top[on] + above, top[on])
-        last[on] = np.where(below > little, bottom[on] - below, bottom[on])
-        mask = np.isin(number[:, x], ends)
-        gone[:, x] |= mask & (row >= first[number[:, x]]) & (row <= last[number[:, x]])
+        gone[:, x] |= np.isin(number[:, x], on[(above <= little) & (below <= little)])
     return strokes & ~gone
 
 

@@ -107,9 +107,21 @@ def extend(ruling, strokes):
     return Ruling(x, y, ruling.thickness)
 
 
+def is_part(ruling, other):
+    """Return whether a Ruling lies on another that is no shorter, as a stroke that was extended along it does."""
+    start, stop = ruling.x[[0, -1]]
+    apart = abs(ruling.at((start + stop) / 2) - other.at((start + stop) / 2))
+    return other.x[0] <= start and stop <= other.x[-1] and apart < REACH + ruling.thickness / 2
+
+
 def find_rulings(strokes):
     """Return the Rulings across strokes (H, W)."""
-    return [extend(ruling, strokes) for ruling in join(find_blocks(strokes))]
+    found = []
+    rulings = [extend(ruling, strokes) for ruling in join(find_blocks(strokes))]
+    for ruling in sorted(rulings, key=lambda ruling: (-np.ptp(ruling.x), ruling.thickness)):
+        if not any(is_part(ruling, other) for other in found):
+            found.append(ruling)
+    return found
 
 
 def count_above(rulings, x, y):

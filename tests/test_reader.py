@@ -297,6 +297,10 @@ def test_stem_from_one_ruled_line_to_the_next_is_no_side_of_a_cell(across, width
     assert read(draw(four(), *lines, width=width))[0] == "4"
 
 
+def test_bar_along_a_ruled_line_stays():
+    assert read(draw(seven(), (0, 25, 99, 25), (0, 69, 99, 69), width=2))[0] == "7"
+
+
 def test_bars_of_a_cropped_four_are_no_frame():
     lines = (30, 20, 22, 50), (22, 50, 60, 50), (50, 20, 50, 80)
     pixels = draw(np.full((100, 100), 230, dtype=np.uint8), *lines, width=6)
