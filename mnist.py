@@ -30,13 +30,15 @@ import time
 import zlib
 from pathlib import Path
 
+if sys.version_info < (3, 11):  # noqa: UP036 - that is what it is for
+    sys.exit(f"mnist.py needs Python 3.11 or newer: this is {sys.version.split()[0]}")
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what MPS lacks runs on the CPU, with a warning
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchsummary import summary
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # --- Recipe --------------------------------------------------------------------------------------------------------
 
@@ -276,13 +278,13 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, precision=torch.floa
 
     Each set is (images, labels) as load_mnist() returns them, on the model's device. Training computes in `precision`,
     testing in float32. Returns the history: for each epoch a dictionary of mean losses and accuracies in %, in training
-    of the digits alone, and seconds of training. Raises ValueError if the images are fewer than a batch, and UserError
-    if the loss is not finite.
+    of the digits alone, and seconds of training. Raises ValueError if a batch cannot be filled, or holds junk alone, or
+    nothing is left to test, and UserError if the loss is not finite.
     """
     images, labels = train_set
+    if not (JUNK < batch_size <= len(images) and len(test_set[0])):
+        raise ValueError(f"batch_size {batch_size} is not from {JUNK + 1} to {len(images)}, or the test set is empty")
     device, batches, digits = images.device, len(images) // batch_size, batch_size - JUNK
-    if not batches:
-        raise ValueError(f"{len(images)} training images are fewer than a batch of {batch_size}")
     junk, uniform = make_junk(images, labels), torch.full([JUNK, 10], 0.1, device=device)
     optimizer = Muon(model)
     losses = torch.full([len(images)], math.inf, device=device)  # of each image when it was last seen
@@ -303,6 +305,7 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, precision=torch.floa
     if device.type == "cuda":
         step = GraphedStep(step, device)
     shows_bar = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())  # not in a log
+    shows_bar &= "idlelib.run" not in sys.modules  # IDLE would print each update on a new line
     history = []
     for epoch in range(1, epochs + 1):
         model.train()
@@ -335,11 +338,12 @@ def main(argv=()):
     Returns what is saved, except the weights: "parameters"; "test_accuracy" in % and "test_loss"; "seconds" of training
     and testing; "history" (see fit()) and "settings". Returns None after --summary.
 
-    In a notebook it changes the whole process: it seeds PyTorch's random numbers, makes cuDNN deterministic and, on
-    Linux, has the C library keep freed memory.
+    In a notebook it changes the whole process: it seeds PyTorch's random numbers, has numbers be float32 by default,
+    makes cuDNN deterministic and, on Linux, has the C library keep freed memory.
     """
     args = parse_args(argv)
     torch.manual_seed(args.seed)
+    torch.set_default_dtype(torch.float32)
     torch.backends.cudnn.deterministic = True
     keep_freed_memory()
     model = Net()
@@ -414,12 +418,14 @@ def parse_args(argv):
     add("--validate", action="store_true", help="train on the first 50,000 training images, test on the other 10,000")
     add("--dry-run", action="store_true", help="train on one batch, test on one")
     add("--summary", action="store_true", help="print the layers of the network and exit")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv or ())  # not the host's own sys.argv
     images = TRAIN_SIZE - VALIDATION_SIZE * args.validate
     limits = {"epochs": (1, 10**6), "batch_size": (JUNK + 1, images), "lr": (1e-30, 1e30), "seed": (0, 2**63 - 1)}
     for name, (low, high) in limits.items():
         if not low <= (value := getattr(args, name)) <= high:
             parser.error(f"argument --{name.replace('_', '-')}: {value} is not from {low} to {high}")
+    if args.save_model and args.save_model.suffix not in (".pt", ".pth"):
+        parser.error(f"argument --save-model: {args.save_model} does not end in .pt or .pth")
     if args.precision == "auto":
         args.precision = "bfloat16" if has_bfloat16(args.device) else "float32"
     elif args.precision == "bfloat16" and not has_bfloat16(args.device):
@@ -474,7 +480,7 @@ def download(folder):
 
             MNIST(temporary, download=True)
         except Exception as error:  # of any kind, if torchvision was built for another torch
-            reason = " ".join(str(error).split())
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             remedy = "put {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz there, or name their folder with --data-dir"
             raise UserError(f"cannot download MNIST to {raw} ({reason}): {remedy} or MNIST_DATA") from error
         finally:
@@ -487,23 +493,31 @@ def download(folder):
 def write(path, content=None):
     """Write bytes so that, interrupted or not, `path` holds all of the old file or all of the new. Raises OSError.
 
-    An existing file keeps its mode. Without `content` the same is tried with 256 kB, and nothing is changed.
+    An existing file keeps its mode, if it can. If the new one cannot take its place, the error says where it is left.
+    Without `content` the same is tried with 256 kB, and nothing is changed.
     """
-    target = Path(path).resolve()
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    target, is_whole = Path(os.path.realpath(path)), False
+    temporary = target.with_name(f"{target.name}.{os.urandom(4).hex()}.tmp")
     try:
-        if target.exists() and not target.is_file():  # a folder; or /dev/null, which no file must replace
+        if os.path.lexists(target) and not target.is_file():  # a folder; or /dev/null, which no file must replace
             raise FileExistsError(errno.EEXIST, "it exists and is not a file")
-        temporary.write_bytes(bytes(2**18) if content is None else content)
+        with open(temporary, "xb") as file:  # "x": nothing that stands there, be it a link
+            file.write(bytes(2**18) if content is None else content)
         if target.exists():
             open(target, "r+b").close()  # it may be write-protected, though its folder is not
-            shutil.copymode(target, temporary)
-        if content is not None:
-            os.replace(temporary, target)
+            with contextlib.suppress(OSError):
+                shutil.copymode(target, temporary)
+        is_whole = content is not None
+        for wait in (0.2, 0.3, 0.5, 0) * is_whole:  # seconds: on Windows, an antivirus may have it open
+            with contextlib.suppress(PermissionError if wait else ()):
+                return os.replace(temporary, target)
+            time.sleep(wait)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the user knows
+        reason = f"{error.strerror}; the new file is {temporary}" if is_whole else error.strerror
+        raise OSError(error.errno, reason, str(path)) from error  # the name that the user knows
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only folder's would replace the error that it caused
+            is_whole or temporary.unlink()
 
 
 # --- Appendix: the process, its memory, streams and errors ---------------------------------------------------------
@@ -564,13 +578,13 @@ def run(main):
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        sys.exit(141)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        sys.exit(f"{script}: error: {error.filename}: {error.strerror}")
+        if error.filename is None:  # of standard output: the flush at exit must not fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        message = f"{script}: error: {error.filename or 'standard output'}: {error.strerror}"
+        sys.exit(141 if error.errno == errno.EPIPE else message)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command line of mnist.py: its options, its output, its exit; and that the README's commands are true."""
 
 import argparse
+import ast
 import contextlib
 import io
 import os
@@ -44,6 +45,8 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused 
         ("--seed", str(2**63)),
         ("--device", "tpu"),
         ("--precision", "float8"),
+        ("--save-model", "missing/mnist.py"),
+        ("--save-model", "missing/train-images-idx3-ubyte"),
     ],
 )
 def test_bad_value_is_refused(option, value, assert_refused):
@@ -234,6 +237,49 @@ def test_main_needs_no_streams(small_mnist, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     assert mnist.main(["--dry-run", "--data-dir", small_mnist])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the fault is caused by Linux's means")
+def test_standard_output_on_a_full_disk(start):
+    with open("/dev/full", "w") as full:
+        process = start("--epochs", "1", stdout=full)
+    assert process.wait() == 1
+    assert process.stderr.read() == "mnist.py: error: standard output: No space left on device\n"
+
+
+def test_main_leaves_the_arguments_of_its_host_alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["host.py", "--epochs", "7"])
+    assert mnist.parse_args(None).epochs == mnist.EPOCHS
+
+
+def test_host_that_computes_in_float64(small_mnist):
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert mnist.main(["--dry-run", "--data-dir", small_mnist])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_idle_shows_no_bar(small_mnist, monkeypatch):
+    """It calls itself a terminal, but a carriage return begins a new line in it."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    sys.stderr.isatty = lambda: True
+    mnist.main(["--dry-run", "--data-dir", small_mnist])
+    assert "%|" in sys.stderr.getvalue()
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    sys.stderr.isatty = lambda: True
+    monkeypatch.setitem(sys.modules, "idlelib.run", None)
+    mnist.main(["--dry-run", "--data-dir", small_mnist])
+    assert sys.stderr.getvalue() == ""
+
+
+def test_old_python_is_named():
+    ast.parse(Path(mnist.__file__).read_text(encoding="utf-8"), feature_version=(3, 9))  # it gets as far as this:
+    code = "import sys; sys.version_info = (3, 9, 6); import mnist"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("mnist.py needs Python 3.11 or newer: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_main_runs_in_a_thread(small_mnist):

@@ -179,6 +179,7 @@ FAULTY_MIRRORS = {
     "404": lambda handler, body: handler.send_error(404),
     "stops half-way": lambda handler, body: send(handler, body[: len(body) // 2], len(body)),
     "other bytes": lambda handler, body: send(handler, b"<html>Please log in</html>"),
+    "a SOCKS proxy": lambda handler, body: handler.wfile.write(b"\5\xff"),
     "silent": lambda handler, body: threading.Event().wait(3),
 }
 
@@ -192,6 +193,7 @@ def test_failed_download_is_one_line(fault, mirror, raw, small_mnist, monkeypatc
     message = str(error.value)
     assert "\n" not in message
     assert ("timed out" in message) == (fault == "silent")
+    assert ("BadStatusLine" in message) == (fault == "a SOCKS proxy")
     assert message.startswith(f"cannot download MNIST to {raw} (")
     assert message.endswith("there, or name their folder with --data-dir or MNIST_DATA")
     assert list(raw.iterdir()) == []
@@ -210,7 +212,7 @@ def test_torchvision_that_does_not_fit(tmp_path):
         text=True,
     )
     assert done.returncode == 1
-    assert "(operator torchvision::nms does not exist)" in done.stderr
+    assert "(RuntimeError: operator torchvision::nms does not exist)" in done.stderr
 
 
 @posix

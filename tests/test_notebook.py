@@ -50,5 +50,9 @@ def test_cell(cell, expected, outputs):
     assert expected in outputs[cell]
 
 
+def test_no_widgets_are_asked_for(outputs):
+    assert "IProgress" not in str(outputs)
+
+
 def test_wrong_usage_names_the_option(outputs):
     assert "argument --epochs: 0 is not from 1 to 1000000" in outputs["error"]

@@ -12,9 +12,10 @@ DEVICES = sorted({"cpu", mnist.pick_device("auto").type})
 # --- fit -----------------------------------------------------------------------------------------------------------
 
 
-def test_fewer_images_than_a_batch_are_refused(digits):
-    with pytest.raises(ValueError, match="19 training images are fewer than a batch of 20"):
-        mnist.fit(mnist.Net(), digits(19), digits(10), epochs=1, batch_size=20, lr=0.01)
+@pytest.mark.parametrize(("batch_size", "tests"), [(20, 10), (mnist.JUNK, 10), (0, 10), (19, 0)])
+def test_sets_that_cannot_be_trained_or_tested_on_are_refused(batch_size, tests, digits):
+    with pytest.raises(ValueError, match=f"batch_size {batch_size} is not from 9 to 19, or the test set is empty"):
+        mnist.fit(mnist.Net(), digits(19), digits(tests), epochs=1, batch_size=batch_size, lr=0.01)
 
 
 @pytest.mark.parametrize("device", DEVICES)
