@@ -51,6 +51,20 @@ def digits():
     return make_digits
 
 
+def damaged(content, rng):
+    """Return bytes of which some were changed, lost or doubled, as the numpy generator `rng` has it."""
+    content, kind = bytearray(content), rng.integers(3)
+    start, stop = sorted(rng.integers(len(content) + 1, size=2))
+    if kind == 0:
+        for place in rng.integers(len(content), size=rng.integers(1, 9)):
+            content[place] ^= 1 << rng.integers(8)
+    elif kind == 1:
+        del content[stop:]
+    else:
+        content[stop:stop] = content[start:stop]
+    return bytes(content)
+
+
 def write_idx(folder, name, array):
     """Write a uint8 tensor to folder/name.gz as an IDX file; return the MD5 of its content."""
     header = b"\0\0\x08" + bytes([array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
@@ -140,12 +154,13 @@ def read_only(tmp_path):
 
 @pytest.fixture
 def unprivileged():
-    """A preexec_fn that makes the permissions of files bind root, too, by dropping CAP_DAC_OVERRIDE."""
+    """A preexec_fn that makes the permissions of files bind root, too, by dropping two capabilities."""
 
     def drop():
         if os.geteuid() == 0:
-            pr_capbset_drop, cap_dac_override = 24, 1
+            pr_capbset_drop, cap_dac_override, cap_dac_read_search = 24, 1, 2
             ctypes.CDLL(None).prctl(pr_capbset_drop, cap_dac_override)
+            ctypes.CDLL(None).prctl(pr_capbset_drop, cap_dac_read_search)
 
     return drop
 

@@ -4,11 +4,15 @@ import os
 import pickle
 import re
 import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mnist
+from tests.conftest import damaged
 from tools import weights
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,19 +28,27 @@ def assert_cannot_write(process, path, reason="Permission denied"):
     assert err == f"mnist.py: error: {path}: {reason}\n"
 
 
-@pytest.mark.parametrize("path", ["missing/mnist.pt", "folder"])
+@pytest.mark.parametrize("path", ["missing/mnist.pt", "folder.pt"])
 def test_path_that_cannot_be_a_file(path, small_mnist, monkeypatch):
     monkeypatch.setattr(mnist, "fit", None)
-    Path("folder").mkdir()
+    Path("folder.pt").mkdir()
     with pytest.raises(OSError, match=re.escape(path)):
         mnist.main(["--save-model", path])
-    assert sorted(path.name for path in Path().iterdir()) == ["data", "folder"]
+    assert sorted(path.name for path in Path().iterdir()) == ["data", "folder.pt"]
 
 
 @posix
-def test_device_is_not_replaced_by_a_file(start):
-    assert_cannot_write(start("--save-model", "/dev/null"), "/dev/null", "it exists and is not a file")
+def test_device_is_not_replaced_by_a_file(start, tmp_path):
+    (tmp_path / "null.pt").symlink_to("/dev/null")
+    assert_cannot_write(start("--save-model", "null.pt"), "null.pt", "it exists and is not a file")
     assert Path("/dev/null").is_char_device()
+
+
+@posix
+def test_link_that_leads_to_itself_is_refused(start, tmp_path):
+    (tmp_path / "mnist.pt").symlink_to("mnist.pt")
+    assert_cannot_write(start(), "mnist.pt", "it exists and is not a file")
+    assert (tmp_path / "mnist.pt").is_symlink()
 
 
 @posix
@@ -124,6 +136,61 @@ def test_trial_changes_nothing(tmp_path):
     assert old.read_bytes() == b"an earlier run"
 
 
+@posix
+def test_link_of_the_temporary_name_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "urandom", lambda n: bytes(n))
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"of somebody else")
+    (tmp_path / f"mnist.pt.{bytes(4).hex()}.tmp").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        mnist.write(tmp_path / "mnist.pt")
+    assert victim.read_bytes() == b"of somebody else"
+
+
+def test_threads_write_at_the_same_time(tmp_path):
+    path = tmp_path / "mnist.pt"
+    contents = [bytes([i]) * 100_000 for i in range(50)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda content: mnist.write(path, content), contents))
+    assert path.read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def refuse(*_args, **_options):
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_file_system_without_modes(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "chmod", refuse)
+    for content in (b"an earlier run", b"a later run"):
+        mnist.write(tmp_path / "mnist.pt", content)
+    assert (tmp_path / "mnist.pt").read_bytes() == b"a later run"
+
+
+def test_file_that_is_held_open_for_a_moment(tmp_path, monkeypatch):
+    """As an antivirus on Windows does."""
+    replace, refusals = os.replace, [refuse, refuse]
+    monkeypatch.setattr(os, "replace", lambda *paths: (refusals.pop() if refusals else replace)(*paths))
+    mnist.write(tmp_path / "mnist.pt", b"a later run")
+    assert (tmp_path / "mnist.pt").read_bytes() == b"a later run"
+
+
+def test_file_that_stays_open_costs_no_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError, match="Operation not permitted; the new file is ") as error:
+        mnist.write(tmp_path / "mnist.pt", b"a later run")
+    (left,) = tmp_path.iterdir()
+    assert str(left) in str(error.value)
+    assert left.read_bytes() == b"a later run"
+
+
+def test_failed_clean_up_hides_no_error(tmp_path, monkeypatch):
+    """As on a read-only file system."""
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(FileNotFoundError):
+        mnist.write(tmp_path / "missing" / "mnist.pt")
+
+
 # --- Reading -------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +247,78 @@ def test_other_files_are_no_checkpoint(tmp_path):
     for content in ({}, [1], 7):
         torch.save(content, path)
         assert_no_checkpoint()
+
+
+def test_damaged_weights_are_refused(tmp_path):
+    torch.save({"state_dict": mnist.Net().state_dict()}, path := tmp_path / "mnist.pt")
+    whole = path.read_bytes()
+    right, refused, rng = weights.load(path)[0].state_dict(), 0, np.random.default_rng(0)
+    for _ in range(200):
+        path.write_bytes(damaged(whole, rng))
+        try:
+            model, _ = weights.load(path)
+        except mnist.UserError:
+            refused += 1
+        else:  # only what no weight depends on was changed
+            assert all(torch.equal(tensor, right[name]) for name, tensor in model.state_dict().items())
+    assert refused > 150
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("conv1.weight", lambda tensor: torch.full_like(tensor, 3e38)),  # finite, but what they give is not
+        ("bn1.running_var", lambda tensor: -tensor),
+        ("fc.weight", lambda tensor: tensor.long()),
+        ("fc.weight", lambda tensor: tensor > 0),
+        ("fc.weight", lambda tensor: tensor.to(torch.complex64)),
+        ("bn1.num_batches_tracked", lambda tensor: tensor.float()),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_weights_of_other_numbers_are_refused(name, change, tmp_path):
+    state_dict = mnist.Net().state_dict()
+    torch.save(state_dict | {name: change(state_dict[name])}, tmp_path / "mnist.pt")
+    with pytest.raises(mnist.UserError, match=r"damaged|not finite numbers"):
+        weights.load(tmp_path / "mnist.pt")
+
+
+def test_weights_of_half_precision_are_read(tmp_path):
+    torch.save(mnist.Net().half().state_dict(), tmp_path / "mnist.pt")
+    weights.load(tmp_path / "mnist.pt")
+
+
+def test_weights_that_are_there_twice_are_refused(tmp_path):
+    state_dict = mnist.Net().state_dict()
+    torch.save(state_dict | {"module.conv1.weight": state_dict["conv1.weight"] + 1}, tmp_path / "mnist.pt")
+    with pytest.raises(mnist.UserError, match="damaged"):
+        weights.load(tmp_path / "mnist.pt")
+
+
+def test_file_that_unpacks_to_more_than_weights_is_refused(tmp_path):
+    torch.save({"state_dict": mnist.Net().state_dict(), "more": torch.zeros(2**22)}, tmp_path / "large.pt")
+    with zipfile.ZipFile(tmp_path / "large.pt") as large, zipfile.ZipFile(tmp_path / "small.pt", "w", 8) as small:
+        for name in large.namelist():
+            small.writestr(name, large.read(name))
+    assert (tmp_path / "small.pt").stat().st_size < 200_000
+    with pytest.raises(mnist.UserError, match="damaged"):
+        weights.load(tmp_path / "small.pt")
+
+
+@posix
+def test_file_without_an_end_is_refused():
+    with pytest.raises(mnist.UserError, match="/dev/zero is damaged"):
+        weights.load("/dev/zero")
+
+
+def test_refusal_is_all_that_is_said(tmp_path, recwarn):
+    """PyTorch warns of TorchScript's archives."""
+    path = tmp_path / "mnist.pt"
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(path)
+    recwarn.clear()
+    with pytest.raises(mnist.UserError, match="damaged"):
+        weights.load(path)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])

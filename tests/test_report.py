@@ -65,6 +65,19 @@ def test_weights_alone_have_no_curve(small_mnist, folder, checkpoint):
         assert image.width > 1500
 
 
+@pytest.mark.parametrize("wrong", [{"settings": [1]}, {"history": [{"epoch": 1}]}, {"history": 7}, {"history": ["1"]}])
+def test_checkpoint_of_another_form_is_refused(wrong, no_work, folder, checkpoint, monkeypatch):
+    torch.save(checkpoint | wrong, "mnist.pt")
+    with pytest.raises(mnist.UserError, match=r"the history or the settings in mnist\.pt"):
+        report.main(["--out", "report.png"])
+    assert not Path("report.png").exists()
+
+
+def test_empty_history_has_no_curve(small_mnist, folder, checkpoint):
+    torch.save(checkpoint | {"history": []}, "mnist.pt")
+    assert report.main(["--data-dir", small_mnist])
+
+
 def test_augmentation_is_drawn(small_mnist, folder):
     report.main(["--augmentation", "--data-dir", small_mnist, "--out", "row.png"])
     with Image.open("row.png") as image:
@@ -81,9 +94,8 @@ def test_missing_weights_are_named(folder):
 
 @pytest.fixture
 def no_work(monkeypatch):
-    """No data are loaded before the options are checked."""
+    """No data are loaded before all else is checked."""
     monkeypatch.setattr(mnist, "load_mnist", None)
-    monkeypatch.setattr(report.weights, "load", None)
 
 
 def test_missing_folder_is_refused(no_work, folder):

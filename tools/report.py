@@ -140,7 +140,7 @@ def draw_report(model, checkpoint, images, labels, name):
     )
     above, below = figure.subfigures(2, height_ratios=[6.4, height])
     curve, confusion, digits = above.subfigures(1, 3, width_ratios=[5, 6, 4])
-    if "history" in checkpoint:  # not if the file holds the weights alone
+    if checkpoint.get("history"):  # not if the file holds the weights alone
         draw_curve(curve.subplots(2, sharex=True), checkpoint["history"], name)
     draw_confusion(confusion.subplots(), counts)
     above_right, below_right = digits.subplots(2)
@@ -176,6 +176,16 @@ def draw_augmentation(images, labels):
     return figure
 
 
+def check(checkpoint, path):
+    """Raise UserError if the history or the settings in a checkpoint are not as mnist.py saves them."""
+    figures = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    try:
+        math.fsum(epoch[figure] for epoch in checkpoint.get("history", []) for figure in figures)
+        checkpoint.get("settings", {}).get("validate")
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise mnist.UserError(f"the history or the settings in {path} are not as mnist.py saves them") from error
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="report.py", description="Draw what the trained network learned.")
     add = parser.add_argument
@@ -198,6 +208,7 @@ def main(argv=()):
     else:
         model, checkpoint = weights.load(path := weights.find(args.model))
         print(f"Using the weights in {path}")
+        check(checkpoint, path)
         name = "validation" if checkpoint.get("settings", {}).get("validate") else "test"
         figure = draw_report(model, checkpoint, *mnist.load_mnist(args.data_dir)[1], name)
     buffer = io.BytesIO()
