@@ -2,10 +2,8 @@
 
 import io
 import mimetypes
-import struct
 import sys
 import warnings
-import zlib
 
 import mnist
 
@@ -54,7 +52,9 @@ def load(name):
         ) from error
     except OSError as error:
         raise mnist.UserError(error.strerror or f"it is damaged: {error}") from error
-    except (SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error) as error:
+    except mnist.UserError:
+        raise
+    except Exception as error:  # of any kind: what a decoder raises is the picture's fault
         raise mnist.UserError(f"it is damaged: {error}") from error
     return image, width / image.width
 
@@ -79,8 +79,8 @@ def to_grey(image):
     scale = min(SHORT / min(image.size), LONG / max(image.size))
     size = [max(1, round(side * scale)) for side in image.size]
     if image.mode[0] in "IF":  # 16 or 32 bits: only the picture can tell their range
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-        image = Image.fromarray(stretch(values - values.min()))
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+        image = Image.fromarray(stretch(values - values.min()).astype(np.float32))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image.thumbnail(size)

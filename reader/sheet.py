@@ -10,6 +10,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 SIDE, GAP = 224, 16  # pixels
+MOST = 200  # rows: browsers show no image that is much higher
+
+
+def printable(text):
+    """Return `text` in one line, with escapes instead of what would move the cursor or change colours."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def to_row(image, lines, caption):
@@ -27,7 +33,7 @@ def to_row(image, lines, caption):
     row = Image.new("RGB", (2 * SIDE + 3 * GAP, SIDE + 3 * GAP), "white")
     for left, part in ((GAP, picture), (2 * GAP + SIDE, seen)):
         row.paste(ImageOps.pad(part, (SIDE, SIDE), color="lightgrey"), (left, GAP))
-    draw, font = ImageDraw.Draw(row), ImageFont.load_default(16)
+    draw, font, caption = ImageDraw.Draw(row), ImageFont.load_default(16), printable(caption)
     while draw.textlength(caption, font) > 2 * SIDE + GAP:
         caption = caption[:-2] + "…"
     draw.text((GAP, SIDE + GAP + 4), caption, "black", font)

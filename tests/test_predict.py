@@ -10,8 +10,9 @@ import zlib
 from pathlib import Path
 
 import mnist
-from reader import picture
+from reader import picture, sheet
 from reader.digit import Digit
+from tests.conftest import damaged
 from tests.drawing import draw, four, noisy, png, seven
 from tools import predict, weights
 
@@ -86,6 +87,62 @@ def test_unreadable_picture_is_named(content, reason, folder, capsys):
     assert reason in line
 
 
+def stored_as(file_format):
+    file = io.BytesIO()
+    Image.fromarray(noisy(seven())).save(file, file_format)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("file_format", picture.FORMATS)
+def test_damaged_pictures_do_not_stop_the_others(file_format, folder, capsys):
+    """Of a thousand, each is read or named, whatever its decoder raises."""
+    whole, rng = stored_as(file_format), np.random.default_rng(0)
+    names = [f"{i}.png" for i in range(1000 // len(picture.FORMATS) + 1)]
+    for name in names:
+        Path(name).write_bytes(damaged(whole, rng))
+    Path("good").write_bytes(whole)
+    with contextlib.suppress(SystemExit):
+        predict.main(["--single", *[name for bad in names for name in (bad, "good")]])
+    out, err = capsys.readouterr()
+    assert out.count("good: ") == len(names)
+    read = len(out.splitlines()) - len(names)
+    assert read + err.count("predict.py: error: ") == len(names)
+
+
+def test_name_that_cannot_be_a_file(folder, capsys):
+    Path("good.png").write_bytes(png(seven()))
+    with pytest.raises(SystemExit):
+        predict.main([1000 * "a", "good.png"])
+    out, err = capsys.readouterr()
+    assert out.startswith("good.png: ")
+    assert f"{1000 * 'a'}: File name too long" in err
+
+
+@posix
+def test_folder_that_may_not_be_entered(folder, unprivileged):
+    Path("closed").mkdir()
+    Path("closed/a.png").write_bytes(png(seven()))
+    Path("good.png").write_bytes(png(seven()))
+    Path("closed").chmod(0)
+    command = [sys.executable, predict.__file__, "closed/a.png", "good.png"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=unprivileged)
+    Path("closed").chmod(0o755)
+    assert done.stdout.startswith("good.png: ")
+    assert done.stderr.endswith("predict.py: error: closed/a.png: Permission denied\n")
+
+
+@posix
+def test_name_is_printed_in_one_line(folder, capsys):
+    name = "a\nb\x1b[31mé.png"
+    Path(name).write_bytes(png(seven()))
+    with pytest.raises(SystemExit):
+        predict.main(["--show", name, f"no {name}"])
+    out, err = capsys.readouterr()
+    assert out.startswith("a\\nb\\x1b[31mé.png: ")
+    assert "error: no a\\nb\\x1b[31mé.png: No such file" in err
+    assert Path("seen.png").exists()
+
+
 def test_jpeg_may_be_larger_than_what_is_decoded(folder, monkeypatch, capsys):
     monkeypatch.setattr(picture, "MAX_PIXELS", 1_000_000)
     image = Image.fromarray(seven()).resize((1600, 1600))
@@ -141,11 +198,27 @@ def test_json_holds_ten_probabilities(folder, capsys):
 def test_show_writes_a_contact_sheet(folder):
     Path("a.png").write_bytes(png(seven()))
     predict.main(["--show", "a.png", "a.png"])
-    with Image.open("seen.png") as sheet:
-        pixels = np.asarray(sheet.convert("L"))
+    with Image.open("seen.png") as image:
+        pixels = np.asarray(image.convert("L"))
     row = pixels.shape[0] // 2
     assert (pixels[:row, : pixels.shape[1] // 2] == 30).any()  # the ink of the original,
     assert (pixels[:row, pixels.shape[1] // 2 :] == 0).mean() > 0.3  # the black background of MNIST
+
+
+def test_sheet_that_cannot_be_written_is_refused_at_once(folder, monkeypatch):
+    monkeypatch.setattr(picture, "load", None)
+    Path("seen.png").mkdir()
+    with pytest.raises(FileExistsError, match=r"seen\.png"):
+        predict.main(["--show", "a.png"])
+
+
+def test_sheet_shows_the_first_pictures(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sheet, "MOST", 2)
+    Path("a.png").write_bytes(png(seven()))
+    predict.main(["--show", "a.png", "a.png", "a.png"])
+    assert "predict.py: warning: seen.png shows the first 2 pictures" in capsys.readouterr().err
+    with Image.open("seen.png") as image:
+        assert image.height == 2 * (sheet.SIDE + 3 * sheet.GAP)
 
 
 def test_show_spares_a_picture_of_its_name(folder, capsys):

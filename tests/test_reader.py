@@ -107,6 +107,12 @@ def test_any_range_is_read(change, file_format):
     assert [read(file)[0] for file in files] == labels[:5].numpy().astype(str).tolist()
 
 
+@pytest.mark.parametrize("least", [-3e38, 0, -1e-45])
+def test_floats_of_any_span_are_read(least):
+    digit = np.where(seven() < 128, np.float32(least), np.float32(-least if least else 1e-45))
+    assert read(digit)[0] == "7"
+
+
 def test_range_of_a_small_form_is_stretched():
     digit = prepared(seven())
     assert difference(prepared(digit // 16), digit) < 0.02

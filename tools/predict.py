@@ -11,6 +11,7 @@ Usage:
 import argparse
 import glob
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ SHEET = Path("seen.png")  # what --show writes
 
 def expand(pattern):
     """Return the names of the files that match `pattern`, which Windows' shells leave as it is; itself if none does."""
-    return [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern)) or [pattern]
+    return [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern)) or [pattern]
 
 
 def parse_args(argv):
@@ -41,7 +42,7 @@ def parse_args(argv):
     args.pictures = [name for pattern in args.pictures for name in expand(pattern)]
     if args.pictures.count("-") > 1:
         parser.error("argument PICTURE: - is standard input, which can be read once")
-    if args.show and SHEET.resolve() in [Path(name).resolve() for name in args.pictures]:
+    if args.show and os.path.realpath(SHEET) in map(os.path.realpath, args.pictures):
         parser.error(f"argument --show: it would overwrite the picture {SHEET}: rename that first")
     return args
 
@@ -69,7 +70,7 @@ def as_result(name, lines, sure, scale):
 def as_text(result):
     """Return a result as a line for people."""
     probabilities = [f"{digit['probability']:.1%}" for digit in result["digits"]]
-    line = f"{result['picture']}: {result['number']} ({', '.join(probabilities)})"
+    line = f"{sheet.printable(result['picture'])}: {result['number']} ({', '.join(probabilities)})"
     if "digit" in result:
         second = sorted(range(10), key=result["probabilities"].__getitem__)[-2]
         line += f", else {second} ({result['probabilities'][second]:.1%})"
@@ -82,6 +83,8 @@ def main(argv):
     Returns a dictionary for each: what --json prints.
     """
     args = parse_args(argv)
+    if args.show:
+        mnist.write(SHEET)  # raises OSError now if it could not be written later
     model, _ = weights.load(path := weights.find(args.model))
     print(f"Using the weights in {path}", file=sys.stderr)
 
@@ -91,15 +94,17 @@ def main(argv):
             image, scale = picture.load(name)
             lines, sure = reader.read(model, image, args.single)
         except mnist.UserError as error:
-            print(f"predict.py: error: {name}: {error}", file=sys.stderr)
+            print(f"predict.py: error: {sheet.printable(name)}: {error}", file=sys.stderr)
             continue
         result = as_result(name, lines, sure, scale)
         results.append(result)
         print(json.dumps(result) if args.json else as_text(result))
-        if args.show:
+        if args.show and len(rows) < sheet.MOST:
             rows.append(sheet.to_row(image, lines, as_text(result)))
     if rows:
         sheet.write(rows, SHEET)
+    if args.show and len(results) > len(rows):
+        print(f"predict.py: warning: {SHEET} shows the first {len(rows)} pictures", file=sys.stderr)
     if len(results) < len(args.pictures):
         sys.exit(1)
     return results
