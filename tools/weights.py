@@ -54,4 +54,4 @@ def load(path):
     results = [*own.values(), mnist.classify(model, stroke)]
     if not all(tensor.isfinite().all() for tensor in results):
         raise mnist.UserError(f"{path} holds weights that are not finite numbers: train it again with mnist.py")
-    return model, checkpoint
+    return model.eval(), checkpoint
