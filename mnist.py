@@ -414,7 +414,7 @@ def parse_args(argv):
     add("--device", type=pick_device, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where native")
     add("--data-dir", type=Path, default=DATA_DIR, help="data folder (default: $MNIST_DATA or data/)")
-    add("--save-model", type=Path, metavar="PATH", help="weights file (default: mnist.pt; none in a dry run)")
+    add("--save-model", type=Path, metavar="PATH", help="weights, .pt or .pth (default: mnist.pt; none in a dry run)")
     add("--validate", action="store_true", help="train on the first 50,000 training images, test on the other 10,000")
     add("--dry-run", action="store_true", help="train on one batch, test on one")
     add("--summary", action="store_true", help="print the layers of the network and exit")
