@@ -412,6 +412,12 @@ def test_script_metadata_match_requirements():
     assert f"Python {metadata['requires-python'].strip('>=')}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_each_package_comes_from_one_index():
+    """With an extra index, either may serve a package of any name."""
+    for path in (ROOT / "README.md", *(ROOT / ".github").rglob("*.*")):
+        assert "--extra-index-url" not in path.read_text(encoding="utf-8"), path
+
+
 def test_ci_runs_the_test_command_of_the_readme():
     commands = re.findall(r"^(python3 -m venv .*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert [command.split("/")[-1] for command in commands] == ["python mnist.py", "pytest"]
