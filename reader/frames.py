@@ -60,8 +60,6 @@ def find_held(across, down, shape):
 
 def erase_across(strokes, rulings):
     """Remove the Rulings from strokes (H, W); what crosses or touches them stays."""
-    if not rulings:
-        return strokes
     number, at, top, bottom = find_runs(strokes)
     gone = np.zeros_like(strokes)
     for ruling in rulings:
@@ -77,6 +75,8 @@ def erase_across(strokes, rulings):
 
 def erase(strokes, across, down):
     """Remove the Rulings across and down from strokes (H, W); strokes that cross them stay."""
+    if not (across or down):
+        return strokes
     rest = erase_across(erase_across(strokes, across).T, down).T
     near = ndimage.maximum_filter(strokes & ~rest, 7)  # what is nowhere farther away is left of the rulings
     return ndimage.binary_propagation(rest & ~near, EIGHT, rest)
