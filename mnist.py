@@ -30,7 +30,7 @@ import time
 import zlib
 from pathlib import Path
 
-if sys.version_info < (3, 11):  # noqa: UP036 - that is what it is for
+if sys.version_info < (3, 11):  # noqa: UP036 - for those who run it with an older one
     sys.exit(f"mnist.py needs Python 3.11 or newer: this is {sys.version.split()[0]}")
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what MPS lacks runs on the CPU, with a warning
 
@@ -338,8 +338,8 @@ def main(argv=()):
     Returns what is saved, except the weights: "parameters"; "test_accuracy" in % and "test_loss"; "seconds" of training
     and testing; "history" (see fit()) and "settings". Returns None after --summary.
 
-    In a notebook it changes the whole process: it seeds PyTorch's random numbers, has numbers be float32 by default,
-    makes cuDNN deterministic and, on Linux, has the C library keep freed memory.
+    In a notebook it changes the whole process: it seeds PyTorch's random numbers, makes float32 the default and
+    cuDNN deterministic and, on Linux, has the C library keep freed memory.
     """
     args = parse_args(argv)
     torch.manual_seed(args.seed)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mnist
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,18 +52,24 @@ def digits():
     return make_digits
 
 
-def damaged(content, rng):
-    """Return bytes of which some were changed, lost or doubled, as the numpy generator `rng` has it."""
-    content, kind = bytearray(content), rng.integers(3)
-    start, stop = sorted(rng.integers(len(content) + 1, size=2))
-    if kind == 0:
-        for place in rng.integers(len(content), size=rng.integers(1, 9)):
-            content[place] ^= 1 << rng.integers(8)
-    elif kind == 1:
-        del content[stop:]
-    else:
-        content[stop:stop] = content[start:stop]
-    return bytes(content)
+@pytest.fixture
+def damage():
+    """A function that returns bytes with some bits flipped, the end cut off or a part doubled."""
+    rng = np.random.default_rng(0)
+
+    def damage(content):
+        content, kind = bytearray(content), rng.integers(3)
+        start, stop = sorted(rng.integers(len(content) + 1, size=2))
+        if kind == 0:
+            for place in rng.integers(len(content), size=rng.integers(1, 9)):
+                content[place] ^= 1 << rng.integers(8)
+        elif kind == 1:
+            del content[stop:]
+        else:
+            content[stop:stop] = content[start:stop]
+        return bytes(content)
+
+    return damage
 
 
 def write_idx(folder, name, array):

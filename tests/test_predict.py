@@ -12,7 +12,6 @@ from pathlib import Path
 import mnist
 from reader import picture, sheet
 from reader.digit import Digit
-from tests.conftest import damaged
 from tests.drawing import draw, four, noisy, png, seven
 from tools import predict, weights
 
@@ -94,12 +93,12 @@ def stored_as(file_format):
 
 
 @pytest.mark.parametrize("file_format", picture.FORMATS)
-def test_damaged_pictures_do_not_stop_the_others(file_format, folder, capsys):
+def test_damaged_pictures_do_not_stop_the_others(file_format, folder, damage, capsys):
     """Of a thousand, each is read or named, whatever its decoder raises."""
-    whole, rng = stored_as(file_format), np.random.default_rng(0)
+    whole = stored_as(file_format)
     names = [f"{i}.png" for i in range(1000 // len(picture.FORMATS) + 1)]
     for name in names:
-        Path(name).write_bytes(damaged(whole, rng))
+        Path(name).write_bytes(damage(whole))
     Path("good").write_bytes(whole)
     with contextlib.suppress(SystemExit):
         predict.main(["--single", *[name for bad in names for name in (bad, "good")]])

@@ -176,12 +176,15 @@ def draw_augmentation(images, labels):
     return figure
 
 
-def check(checkpoint, path):
-    """Raise UserError if the history or the settings in a checkpoint are not as mnist.py saves them."""
+def tested_on(checkpoint, path):
+    """Return the name of the images that the network in a checkpoint was tested on.
+
+    Raises UserError if its history or its settings are not as mnist.py saves them.
+    """
     figures = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
     try:
         math.fsum(epoch[figure] for epoch in checkpoint.get("history", []) for figure in figures)
-        checkpoint.get("settings", {}).get("validate")
+        return "validation" if checkpoint.get("settings", {}).get("validate") else "test"
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise mnist.UserError(f"the history or the settings in {path} are not as mnist.py saves them") from error
 
@@ -208,8 +211,7 @@ def main(argv=()):
     else:
         model, checkpoint = weights.load(path := weights.find(args.model))
         print(f"Using the weights in {path}")
-        check(checkpoint, path)
-        name = "validation" if checkpoint.get("settings", {}).get("validate") else "test"
+        name = tested_on(checkpoint, path)
         figure = draw_report(model, checkpoint, *mnist.load_mnist(args.data_dir)[1], name)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=args.out.suffix[1:].lower(), bbox_inches="tight", pad_inches=0.2)
