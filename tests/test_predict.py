@@ -142,6 +142,10 @@ def test_name_is_printed_in_one_line(folder, capsys):
     assert Path("seen.png").exists()
 
 
+def test_caption_is_one_line():
+    assert sheet.to_row(Image.fromarray(seven()), [], "a\nb is 7").height == sheet.SIDE + 3 * sheet.GAP
+
+
 def test_jpeg_may_be_larger_than_what_is_decoded(folder, monkeypatch, capsys):
     monkeypatch.setattr(picture, "MAX_PIXELS", 1_000_000)
     image = Image.fromarray(seven()).resize((1600, 1600))

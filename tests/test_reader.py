@@ -6,7 +6,7 @@ from pathlib import Path
 import mnist
 import reader
 from benchmarks import pictures
-from reader import ink, picture
+from reader import ink, picture, rulings
 from tests.drawing import draw, four, noisy, png, pretrained, seven
 from tools import predict, weights
 
@@ -305,6 +305,14 @@ def test_stem_from_one_ruled_line_to_the_next_is_no_side_of_a_cell(across, width
 
 def test_bar_along_a_ruled_line_stays():
     assert read(draw(seven(), (0, 25, 99, 25), (0, 69, 99, 69), width=2))[0] == "7"
+
+
+def test_stroke_on_a_ruling_is_no_other_ruling():
+    strokes = np.zeros((100, 128), dtype=bool)
+    strokes[43:46] = True
+    strokes[35:47, 60:118] = True
+    (ruling,) = rulings.find_rulings(strokes)
+    assert ruling.thickness == 3
 
 
 def test_bars_of_a_cropped_four_are_no_frame():
