@@ -41,7 +41,7 @@ def load(name):
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise mnist.UserError(f"it holds {image.n_frames} pictures: save one of them on its own")
             width = image.width
-            image.draft("L", (LONG, LONG))  # saves decoding a JPEG at full size
+            image.draft(None, (LONG, LONG))  # saves decoding a JPEG at full size
             if (pixels := image.width * image.height) > MAX_PIXELS:
                 raise mnist.UserError(f"it has {pixels:,} pixels, more than {MAX_PIXELS:,}: reduce it")
             image.load()

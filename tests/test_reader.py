@@ -678,9 +678,12 @@ def test_one_at_the_edge_of_a_tight_crop_is_a_digit():
 
 
 @pytest.mark.parametrize(("ink", "paper"), [((60, 60, 230), (20, 90, 30)), ((230, 60, 60), (90, 130, 40))])
-def test_ink_may_differ_in_hue_alone(ink, paper):
+def test_ink_may_differ_in_hue_alone(ink, paper, tmp_path):
     share = (230 - write("25"))[..., None] / 184
-    assert read(Image.fromarray((share * ink + (1 - share) * paper).astype(np.uint8)))[0] == "25"
+    pixels = (share * ink + (1 - share) * paper).astype(np.uint8)
+    assert read(pixels)[0] == "25"
+    Image.fromarray(pixels).save(tmp_path / "25.jpg", quality=90)
+    assert read(picture.load(str(tmp_path / "25.jpg"))[0])[0] == "25"
 
 
 def minus(pixels):
