@@ -31,13 +31,13 @@ def command_of(name, argv):
 
 
 def commit():
-    """Return the commit checked out, with "-dirty" if more than results/ has changed since; None outside a checkout."""
+    """Return the commit checked out, "-dirty" if a file of it outside results/ has changed; None outside a checkout."""
 
     def git(*arguments):
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout
 
     try:
-        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
         return git("rev-parse", "HEAD").strip() + "-dirty" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return None

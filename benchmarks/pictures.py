@@ -351,7 +351,7 @@ def made_up(count):
     yield "UCI's digits, enlarged to 64 x 64", large, answers
     for kind, table in (("no digit: letters", LETTERS), ("no digit: shapes", SHAPES)):
         yield kind, [drawn(on_grid(table[i % len(table)]), rng) for i in range(count)], [""] * count
-    digits = ((Image.fromarray(images[i]), labels[i]) for i in itertools.cycle(range(count)))
+    digits = ((Image.fromarray(images[i]), labels[i]) for i in itertools.cycle(range(len(images))))
     for kind, scene in SCENES.items():
         yield kind, *zip(*[scene(digits, rng) for _ in range(count)], strict=True)
     yield "1s with a flag, drawn", [flagged_one(rng) for _ in range(count)], ["1"] * count
@@ -451,7 +451,7 @@ def main(argv=()):
     one = parser.add_mutually_exclusive_group()
     one.add_argument("folder", nargs="?", type=Path, help="of labelled pictures (default: pictures made from MNIST)")
     one.add_argument("--dataset", choices=DATA_SETS, help="of torchvision.datasets: its test digits")
-    parser.add_argument("--images", type=positive, default=1000, help="of the test set (default: %(default)s)")
+    parser.add_argument("--images", type=positive, default=1000, metavar="N", help="of N test digits (default: 1000)")
     parser.add_argument("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
     parser.add_argument("--out", type=Path, metavar="PATH", help="also write the figures here, as JSON")
     args = parser.parse_args(argv)
@@ -478,11 +478,11 @@ def main(argv=()):
     if args.folder and len(results) > 1:
         counts = [shares["n"] for shares in results.values()]
         columns = {name: [shares[name] for shares in results.values()] for name in results[kind]}
-        results["all"] = {
+        results["total"] = {
             name: None if None in column else np.average(column, weights=counts).item()
             for name, column in columns.items()
         } | {"n": sum(counts)}
-        report("all")
+        report("total")
     if mistakes:
         sheet.write(mistakes[:MOST], SHEET)
         print(f"\n{min(len(mistakes), MOST)} of {len(mistakes)} mistakes are shown in {SHEET}.")

@@ -166,6 +166,7 @@ def test_commit_tells_whether_the_tree_is_clean(tmp_path, monkeypatch):
     assert re.fullmatch("[0-9a-f]{40}", benchmarks.commit())
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "benchmarks" / "results" / "new.json").write_text("{}")
+    (tmp_path / "before.json").write_text("{}")
     assert re.fullmatch("[0-9a-f]{40}", benchmarks.commit())
     (tmp_path / "mnist.py").write_text("2")
     assert re.fullmatch("[0-9a-f]{40}-dirty", benchmarks.commit())
@@ -479,6 +480,13 @@ def test_every_kind_of_picture_is_measured(small_mnist, folder, monkeypatch, cap
     assert capsys.readouterr().out.count("| 2 |") == len(results)
 
 
+def test_more_pictures_than_test_digits(small_mnist, monkeypatch):
+    monkeypatch.setattr(mnist, "DATA_DIR", small_mnist)
+    monkeypatch.setattr(pictures, "KINDS", {})
+    counts = {kind: len(labels) for kind, _, labels in pictures.made_up(101)}
+    assert {counts[kind] for kind in pictures.SCENES} == {101}
+
+
 def test_ten_lines_keep_a_thin_stroke():
     picture = Image.new("L", (200, 200), 235)
     picture.paste(20, (100, 10, 102, 190))
@@ -499,14 +507,14 @@ def own_pictures(tmp_path):
 
 
 def test_own_pictures_with_a_table(own_pictures, folder, capsys):
-    (own_pictures / "labels.tsv").write_text("label\tpicture\tkind\n7\ta.png\tone\n1\tb.png\tone\n47\tc.png\tother\n")
+    (own_pictures / "labels.tsv").write_text("label\tpicture\tkind\n7\ta.png\tone\n1\tb.png\tone\n47\tc.png\t\n")
     results = pictures.main([str(own_pictures), "--model", str(weights.PRETRAINED)])
-    assert list(results) == ["one", "other", "all"]
+    assert list(results) == ["one", "all", "total"]
     assert results["one"] == results["one"] | {"right": 50, "not sure": 0, "wrong, but sure": 50}
-    assert results["all"]["not sure"] == pytest.approx(100 / 3)
-    assert results["other"] == {"n": 1, "right": 0, "not sure": 100, "wrong, but sure": 0, "ten lines": None}
+    assert results["total"]["not sure"] == pytest.approx(100 / 3)
+    assert results["all"] == {"n": 1, "right": 0, "not sure": 100, "wrong, but sure": 0, "ten lines": None}
     assert results["one"]["ten lines"] is not None
-    assert results["all"]["ten lines"] is None
+    assert results["total"]["ten lines"] is None
     assert "2 of 2 mistakes are shown in mistakes.png" in capsys.readouterr().out
     with Image.open("mistakes.png") as sheet:
         assert sheet.height > 2 * 224
