@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 EPOCHS = 3  # of 468 batches, which hold 56,160 digits: 0.94 of the training set
 ROUNDS = 8  # per epoch: in each, images are sampled anew, by their latest losses
-MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e9  # in that sampling, of an image without any loss and of one not seen before
+MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e9  # in that sampling: of an image whose loss is 0, and of one not seen yet
 BATCH_SIZE = 128
 JUNK = 8  # images of each batch that show no digit
 JUNK_SIZE = 1_000  # images of each kind of junk
@@ -69,7 +69,7 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        # BatchNorm takes away what a bias before it adds: convolutions have theirs because the published network does.
+        # BatchNorm cancels most of the convolutions' biases; they are here because the published network has them.
         self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
         self.bn1 = nn.BatchNorm2d(16)
         self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
@@ -278,8 +278,8 @@ def fit(model, train_set, test_set, epochs, batch_size, lr, precision=torch.floa
 
     Each set is (images, labels) as load_mnist() returns them, on the model's device. Training computes in `precision`,
     testing in float32. Returns the history: for each epoch a dictionary of mean losses and accuracies in %, in training
-    of the digits alone, and seconds of training. Raises ValueError if a batch cannot be filled, or holds junk alone, or
-    nothing is left to test, and UserError if the loss is not finite.
+    of the digits alone, and seconds of training. Raises ValueError if there are too few images for a batch, or a
+    batch would hold junk alone, or the test set is empty, and UserError if the loss is not finite.
     """
     images, labels = train_set
     if not (JUNK < batch_size <= len(images) and len(test_set[0])):
@@ -429,7 +429,7 @@ def parse_args(argv):
     if args.precision == "auto":
         args.precision = "bfloat16" if has_bfloat16(args.device) else "float32"
     elif args.precision == "bfloat16" and not has_bfloat16(args.device):
-        print(f"mnist.py: warning: {args.device} has no native bfloat16; emulating it is slow", file=sys.stderr)
+        print(f"mnist.py: warning: {args.device} may have no native bfloat16; emulating it is slow", file=sys.stderr)
     if args.dry_run:
         args.epochs = 1
     elif args.save_model is None:

@@ -1,4 +1,4 @@
-"""Read handwritten digits on any picture. The files are the steps of its way, in this order:
+"""Read the handwritten digits in a picture. Each file is one step, in this order:
 
 picture.py, rulings.py, frames.py, ink.py, segments.py, digit.py, lattice.py; sheet.py shows what was found.
 """
@@ -20,7 +20,7 @@ SMALL = 100  # pixels: a picture with a shorter side is first enlarged, if its l
 class Reading(typing.NamedTuple):
     score: float = -math.inf
     lines: list = ()  # of text, from top to bottom, each a list of Digit
-    is_whole: bool = False  # whether nothing is cut or left out
+    is_whole: bool = False  # whether nothing is cut, joined or left out
 
 
 def read_grey(model, grey, single):

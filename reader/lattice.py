@@ -27,7 +27,7 @@ class Arc(typing.NamedTuple):
     stop: int
     score: float
     digits: list  # the Digit that it reads, or none
-    is_whole: bool  # whether nothing was cut or left out
+    is_whole: bool  # whether nothing was cut, joined or left out
 
 
 def candidates(line, ink, height):
