@@ -224,6 +224,9 @@ def test_the_window_may_change(page):
     page.set_viewport_size({"width": 360, "height": 740})
     assert ink(page) == pytest.approx(before, rel=0.05)
     assert page.evaluate("paper.width === paper.clientWidth")
+    page.evaluate("document.documentElement.style.fontSize = '8px'")
+    page.wait_for_timeout(200)
+    assert page.evaluate("paper.width === paper.clientWidth && paper.width < 200")
 
 
 @pytest.mark.parametrize("kind", ["touch", "pen"])
@@ -265,6 +268,23 @@ def test_a_second_finger_and_the_right_button_draw_nothing(page):
     page.mouse.up()
     assert page.evaluate("strokes.length") == 1
     assert page.evaluate("strokes[0].every(([x, y]) => x > 0.2)")
+
+
+def test_a_pen_draws_though_a_palm_rests(page):
+    page.evaluate("""() => {
+        paper.setPointerCapture = () => {};  // it takes no pointer that is not there
+        const send = (type, pointerType, clientX) => {
+            const pointerId = {touch: 7, pen: 8}[pointerType];
+            paper.dispatchEvent(new PointerEvent(type, {pointerId, pointerType, buttons: 1, clientX}));
+        };
+        send("pointerdown", "touch", 0);
+        send("pointerdown", "pen", 0);
+        send("pointerdown", "touch", 0);
+        send("pointermove", "pen", 1000);
+        send("pointercancel", "touch", 0);
+        send("pointerup", "pen", 1000);
+    }""")
+    assert page.evaluate("strokes.map((stroke) => stroke.length)") == [2]
 
 
 def test_a_stroke_ends_at_the_edge(page):
@@ -399,8 +419,11 @@ def test_undo_takes_away_the_last_stroke(how, page):
         assert ink(page) == expected
 
 
-@pytest.mark.parametrize("keys", [{"key": "Z", "ctrlKey": True}, {"key": "z", "metaKey": True}])
-def test_undo_with_caps_lock_and_on_a_mac(keys, page):
+@pytest.mark.parametrize(
+    "keys",
+    [{"key": "Z", "ctrlKey": True}, {"key": "z", "metaKey": True}, {"key": "я", "code": "KeyZ", "ctrlKey": True}],
+)
+def test_undo_with_caps_lock_on_a_mac_and_in_cyrillic(keys, page):
     draw(page, BESIDE)
     code = "keys => document.dispatchEvent(new KeyboardEvent('keydown', {cancelable: true, ...keys}))"
     assert page.evaluate(code, keys) is False  # Safari does nothing else with it
