@@ -114,7 +114,7 @@ def test_name_that_cannot_be_a_file(folder, capsys):
         predict.main([1000 * "a", "good.png"])
     out, err = capsys.readouterr()
     assert out.startswith("good.png: ")
-    assert f"{1000 * 'a'}: File name too long" in err
+    assert f"predict.py: error: {1000 * 'a'}: " in err
 
 
 @posix
@@ -250,7 +250,6 @@ def test_full_disk_is_named(folder, full_disk):
     assert Path("seen.png").read_bytes() == b"an earlier sheet"
 
 
-@posix
 def test_standard_input_is_read_once(capsys):
     with pytest.raises(SystemExit) as stop:
         predict.parse_args(["-", "-"])
@@ -258,6 +257,7 @@ def test_standard_input_is_read_once(capsys):
     assert "argument PICTURE: - is standard input, which can be read once" in capsys.readouterr().err
 
 
+@posix
 def test_closed_standard_input(folder):
     command = [sys.executable, predict.__file__, "-"]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: os.close(0))
