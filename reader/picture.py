@@ -85,7 +85,7 @@ def to_grey(image):
         image = image.convert("RGBA")
         image.thumbnail(size)
         pixels = np.asarray(image, dtype=np.float32)
-        opaque = pixels[pixels[..., 3] > 127, :3]
+        opaque = pixels[pixels[..., 3] > pixels[..., 3].max() / 2, :3]
         if len(opaque) and np.ptp(opaque, axis=0).max() < 64 and pixels[..., 3].min() < 128:
             image = image.getchannel("A")  # all of one colour: the drawing is what is opaque
         else:

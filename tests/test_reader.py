@@ -178,6 +178,12 @@ def transparent(image, colour=30):
     return ink
 
 
+def half(image):
+    """The same, half transparent where it is opaque."""
+    image.putalpha(image.getchannel("A").point(lambda value: value // 2))
+    return image
+
+
 def on_its_side(image):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -195,6 +201,7 @@ def on_its_side(image):
         lambda image: stored(transparent(image)),
         lambda image: stored(transparent(image).convert("LA")),
         lambda image: stored(transparent(image, colour=255)),
+        lambda image: stored(half(transparent(image, colour=255))),
         lambda image: stored(image.convert("RGBA")),
         lambda image: stored(image.point(lambda value: 200 + value // 5).convert("RGBA")),  # faint, but opaque
         lambda image: stored(ImageOps.expand(image.convert("RGBA"), 20)),  # a card on a transparent background
