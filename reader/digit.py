@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
+SOLID = 11  # pixels: the strokes of a digit are narrower, unlike a hole punched in the paper, or a finger
 NO_DIGIT = 5.75  # a logit must stand this far above the mean of the ten, or there is likelier no digit
 
 
@@ -36,6 +37,9 @@ def to_form(ink):
 
 def classify(model, digits):
     """Return the probabilities (N, 10) of images (28, 28) in MNIST's form, beside which each may also be no digit."""
-    logits = mnist.classify(model, torch.from_numpy(np.stack(digits)))
+    images = np.stack(digits)
+    logits = mnist.classify(model, torch.from_numpy(images))
     none = logits.mean(dim=1, keepdim=True) + NO_DIGIT
-    return torch.cat([logits, none], dim=1).softmax(dim=1)[:, :10].numpy()
+    probabilities = torch.cat([logits, none], dim=1).softmax(dim=1)[:, :10].numpy()
+    is_solid = ndimage.minimum_filter(images > 127, (1, SOLID, SOLID)).any(axis=(1, 2))
+    return np.where(is_solid[:, None], 1e-9, probabilities)
