@@ -1,4 +1,4 @@
-"""From rulings to frames and tables: what belongs to them, or to the edges of the picture, is no ink of a digit."""
+"""From rulings to frames and tables: what belongs to them, to the edges or to a ring is no digit's."""
 
 from reader.rulings import EIGHT, REACH, find_runs
 
@@ -8,6 +8,7 @@ from scipy import ndimage
 SHORTEST = 12  # pixels: what is shorter is not of a frame
 ALIKE = 0.1  # of a ruling's length: one that reaches as far, but for this, is as long
 FADED = 5  # pixels by which a ruling may go on, too pale to be found
+INSIDE = 0.25  # of a ring's height, or more, has what it is drawn around; the dot in a 0 has less
 ALONG = 0.7  # of a stroke's height or width: what touches an edge of the picture as far lies along it
 
 
@@ -99,6 +100,25 @@ def find_frames(across, down, strokes):
         if np.ptp(ruling.x) > highest or ruling.x[0] < REACH or ruling.x[-1] > len(strokes) - 1 - REACH
     ]
     return find_held(across, tall, strokes.shape)
+
+
+def erase_rings(strokes):
+    """Remove those of the strokes (H, W) that are drawn around others, as a circle is around an answer.
+
+    A table has many holes, a ring hardly more than one.
+    """
+    labels, _ = ndimage.label(strokes, EIGHT)
+    places = ndimage.find_objects(labels)
+    heights, rings = np.array([0, *(y.stop - y.start for y, _ in places)]), []
+    for number, place in enumerate(places, start=1):
+        stroke = labels[place] == number
+        holes, count = ndimage.label(ndimage.binary_fill_holes(stroke) & ~stroke)
+        sizes = np.bincount(holes.ravel())[1:]
+        if count and sizes.max() > 0.8 * sizes.sum():
+            inside = labels[place][holes == 1 + sizes.argmax()]
+            if heights[inside].max() > INSIDE * heights[number]:
+                rings.append(number)
+    return strokes & ~np.isin(labels, rings)
 
 
 def clear_edges(strokes):

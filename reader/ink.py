@@ -1,5 +1,6 @@
 """From shades of grey to hypotheses: the ways in which ink can be told from what it is written on."""
 
+import itertools
 import math
 
 from reader import frames, rulings
@@ -94,15 +95,14 @@ def subtract_background(grey, window):
     return grey - np.median(grey[grey <= otsu(grey)])
 
 
-def find_ink(grey):
-    """Find light ink on a darker background in a picture (H, W).
+def find_ink(grey, window):
+    """Find light ink in a picture (H, W) on a background that is darker and wider than, at first, `window` pixels.
 
     Returns how much ink each pixel holds, from 0 to 1, and which pixels may belong to a stroke, both (H, W); None if
     nothing stands out.
     """
     if np.ptp(grey) < MIN_CONTRAST:
         return None
-    window = max(grey.shape) // 2
     for _ in range(2):  # then with a window that follows the thickness of the strokes
         ink = subtract_background(grey, window)
         smooth = ndimage.uniform_filter(ink, 3)
@@ -124,7 +124,8 @@ def hysteresis(ink, strokes):
 
 # --- All together --------------------------------------------------------------------------------------------------
 
-GUESS = 0.75  # the cost of removing the lines of ruled paper, or what lies along the edges, as a log-probability
+GUESS = 0.75  # the cost of removing ruled lines, rings, or what lies along the edges, as a log-probability
+WINDOWS = (2, 0), (8, 1.5)  # of the picture, one part of so many, and the cost; where shadows lie, the small one wins
 LINE = 0.9  # of the paper's width or height: what is longer may be a line of ruled paper
 
 
@@ -134,8 +135,9 @@ def hypotheses(grey, can_win):
     Each is (cost, how much ink each pixel holds, from 0 to 1 (H, W), which pixels are of a stroke (H, W), the Rulings
     across and down of frames).
     """
-    for cost, view, size in views(grey):
-        if not can_win(cost) or (found := find_ink(view)) is None:
+    for (part, guess), (cost, view, size) in itertools.product(WINDOWS, views(grey)):
+        cost += guess
+        if not can_win(cost) or (found := find_ink(view, max(view.shape) // part)) is None:
             continue
         ink, strokes = found
         lines = rulings.find_rulings(strokes), rulings.find_rulings(strokes.T)
@@ -153,6 +155,6 @@ def hypotheses(grey, can_win):
                 if before is None or (rest != before).any():
                     left = np.where(strokes & ~rest, 0, ink)
                     whole = hysteresis(left, rest)
-                    clear = frames.clear_edges(whole)
+                    clear = frames.clear_edges(frames.erase_rings(whole))
                     yield cost + extra + GUESS * (clear != whole).any(), left, clear, frame
                 before = rest

@@ -6,7 +6,7 @@ from pathlib import Path
 import mnist
 import reader
 from benchmarks import pictures
-from reader import ink, picture, rulings
+from reader import frames, ink, picture, rulings
 from tests.drawing import draw, four, noisy, png, pretrained, seven
 from tools import predict, weights
 
@@ -356,7 +356,7 @@ def test_narrow_sheet_is_no_sheet():
 @pytest.mark.filterwarnings("error")
 def test_blank_sheet_holds_no_ink():
     sheet = np.full((90, 90), 200, dtype=np.float32)
-    assert ink.find_ink(-ink.flatten(sheet, sheet > 0)) is None
+    assert ink.find_ink(-ink.flatten(sheet, sheet > 0), 45) is None
 
 
 @pytest.mark.filterwarnings("error")
@@ -691,6 +691,40 @@ def test_ink_may_differ_in_hue_alone(ink, paper, tmp_path):
     assert read(pixels)[0] == "25"
     Image.fromarray(pixels).save(tmp_path / "25.jpg", quality=90)
     assert read(picture.load(str(tmp_path / "25.jpg"))[0])[0] == "25"
+
+
+def test_shadow_over_half_of_a_number_changes_nothing():
+    pixels = np.pad(write("25"), 40, constant_values=230)
+    shadow = np.zeros(pixels.shape)
+    shadow[60:200, 30:140] = 0.5
+    assert read((pixels * (1 - ndimage.gaussian_filter(shadow, 4))).astype(np.uint8))[0] == "25"
+
+
+@pytest.mark.parametrize("number", ["2", "25"])
+def test_circled_answer_is_read(number):
+    image = Image.fromarray(np.pad(write(number), 40, constant_values=230))
+    ImageDraw.Draw(image).ellipse((10, 10, image.width - 11, image.height - 11), outline=30, width=8)
+    lines, sure = reader.read(pretrained(), image)
+    assert predict.as_result("", lines, sure, 1)["number"] == number
+    assert sure
+
+
+def test_table_is_no_ring():
+    strokes = np.zeros((60, 100), dtype=bool)
+    ImageDraw.Draw(image := Image.fromarray(strokes)).rectangle((5, 5, 94, 54), outline=1, width=2)
+    ImageDraw.Draw(image).rectangle((20, 15, 30, 45), fill=1)
+    strokes = np.array(image)
+    assert np.array_equal(frames.erase_rings(strokes), strokes & (ndimage.label(strokes)[0] == 2))
+    strokes[:, 50] |= strokes[:, 5]  # two cells
+    assert np.array_equal(frames.erase_rings(strokes), strokes)
+
+
+def test_punched_hole_is_no_digit():
+    image = Image.fromarray(np.pad(write("25"), ((0, 0), (120, 0)), constant_values=230))
+    ImageDraw.Draw(image).ellipse((40, 56, 100, 116), fill=60)
+    lines, sure = reader.read(pretrained(), image)
+    assert predict.as_result("", lines, sure, 1)["number"] == "25"
+    assert not sure  # it may be a digit that was blotted out
 
 
 def minus(pixels):
