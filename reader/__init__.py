@@ -8,10 +8,12 @@ import typing
 
 import mnist
 from reader import ink, lattice, picture, segments
-from reader.digit import Digit, classify
+from reader.digit import Digit, classify, is_likely, to_form
+from reader.rulings import EIGHT
 
 import numpy as np
 from PIL import Image, ImageOps
+from scipy import ndimage
 
 MIN_SIDE = 8  # pixels: a picture with shorter sides is refused
 SMALL = 100  # pixels: a picture with a shorter side is first enlarged, if its longer side allows it
@@ -20,7 +22,20 @@ SMALL = 100  # pixels: a picture with a shorter side is first enlarged, if its l
 class Reading(typing.NamedTuple):
     score: float = -math.inf
     lines: list = ()  # of text, from top to bottom, each a list of Digit
-    is_whole: bool = False  # whether nothing is cut, joined or left out
+    is_whole: bool = False  # whether nothing is cut, joined, left out or overlooked
+
+
+def overlooks(model, density, faint, lines):
+    """Return whether a stroke that is too faint (H, W) may be a digit, too: it is about as high as those in lines."""
+    highest = max(bottom - top for line in lines for (_, top, _, bottom), *_ in line)
+    labels, _ = ndimage.label(faint, EIGHT)
+    strokes = [
+        density[place] * (labels[place] == number)
+        for number, place in enumerate(ndimage.find_objects(labels), start=1)
+        if 0.5 < (place[0].stop - place[0].start) / highest < 1.6
+    ]
+    digits = [to_form(stroke) for stroke in strokes if stroke.any()]
+    return bool(digits) and any(map(is_likely, classify(model, digits)))
 
 
 def read_grey(model, grey, single):
@@ -30,14 +45,15 @@ def read_grey(model, grey, single):
     def can_win(cost):
         return best.score < -cost
 
-    for cost, density, strokes, frame in ink.hypotheses(grey, can_win):
+    for cost, density, strokes, faint, frame in ink.hypotheses(grey, can_win):
         paths = [
             lattice.best_path(lattice.lattice(model, density, line))
             for line in segments.segment(strokes, frame, single)
         ]
         if lines := [digits for _, digits, _ in paths if digits]:
             score = sum(score for score, _, _ in paths) - cost
-            best = max(best, Reading(score, lines, all(is_whole for *_, is_whole in paths)), key=lambda one: one.score)
+            is_whole = all(is_whole for *_, is_whole in paths) and not overlooks(model, density, faint, lines)
+            best = max(best, Reading(score, lines, is_whole), key=lambda one: one.score)
     return best
 
 
@@ -72,5 +88,4 @@ def read(model, image, single=False):
         raise mnist.UserError("there is no digit to be seen on it: of a whole page, cut out a part")
     scale = np.tile(np.divide(image.size, grey.size), 2)
     lines = [[digit._replace(box=enlarge(digit.box, scale)) for digit in line] for line in lines]
-    likely = [digit.probabilities.max() > 1 - digit.probabilities.sum() for line in lines for digit in line]
-    return lines, is_whole and all(likely)
+    return lines, is_whole and all(is_likely(digit.probabilities) for line in lines for digit in line)

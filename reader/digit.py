@@ -43,3 +43,8 @@ def classify(model, digits):
     probabilities = torch.cat([logits, none], dim=1).softmax(dim=1)[:, :10].numpy()
     is_solid = ndimage.minimum_filter(images > 127, (1, SOLID, SOLID)).any(axis=(1, 2))
     return np.where(is_solid[:, None], 1e-9, probabilities)
+
+
+def is_likely(probabilities):
+    """Return whether the likeliest digit, by its probabilities (10,), is likelier than none."""
+    return probabilities.max() > 1 - probabilities.sum()

@@ -132,8 +132,8 @@ LINE = 0.9  # of the paper's width or height: what is longer may be a line of ru
 def hypotheses(grey, can_win):
     """Yield each way to find ink in a picture (H, W) whose cost can still win, which `can_win(cost)` tells.
 
-    Each is (cost, how much ink each pixel holds, from 0 to 1 (H, W), which pixels are of a stroke (H, W), the Rulings
-    across and down of frames).
+    Each is (cost, how much ink each pixel holds, from 0 to 1 (H, W), which pixels are of a stroke (H, W), which are of
+    one that is too faint (H, W), the Rulings across and down of frames).
     """
     for (part, guess), (cost, view, size) in itertools.product(WINDOWS, views(grey)):
         cost += guess
@@ -156,5 +156,5 @@ def hypotheses(grey, can_win):
                     left = np.where(strokes & ~rest, 0, ink)
                     whole = hysteresis(left, rest)
                     clear = frames.clear_edges(frames.erase_rings(whole))
-                    yield cost + extra + GUESS * (clear != whole).any(), left, clear, frame
+                    yield cost + extra + GUESS * (clear != whole).any(), left, clear, rest & ~whole, frame
                 before = rest

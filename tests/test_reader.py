@@ -719,6 +719,14 @@ def test_table_is_no_ring():
     assert np.array_equal(frames.erase_rings(strokes), strokes)
 
 
+def test_digit_in_a_fainter_pen_leaves_doubt():
+    pixels = write("25")
+    pixels[:, 130:] = 230 - (230 - pixels[:, 130:]) // 3
+    lines, sure = reader.read(pretrained(), Image.fromarray(pixels))
+    assert predict.as_result("", lines, sure, 1)["number"] == "2"
+    assert not sure
+
+
 def test_punched_hole_is_no_digit():
     image = Image.fromarray(np.pad(write("25"), ((0, 0), (120, 0)), constant_values=230))
     ImageDraw.Draw(image).ellipse((40, 56, 100, 116), fill=60)
