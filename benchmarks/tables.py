@@ -15,12 +15,12 @@ from benchmarks import ROOT, original, seeds, steps
 from tools import report
 
 RESULTS = ROOT / "benchmarks" / "results"
-READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "tools" / "README.md")
+READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 HISTOGRAM = ROOT / "assets" / "accuracy.png"
 RUNS = {"default.json": "python mnist.py", "epochs20.json": "python mnist.py --epochs 20"}
 TIMES = ("speed.json", "avx2.json", "avx2-alone.json")
 ARXIV = "https://arxiv.org/abs"
-PARTS = {  # the change in a file of results/ablation/, and the part of the recipe that it takes away
+PARTS = {  # the change in a file of results/before/, and the part of the recipe that it takes away
     "uniform": (
         "all images alike in every epoch",
         f"hard images more often: [selective backpropagation]({ARXIV}/1910.00762)",
@@ -101,21 +101,23 @@ def seconds():
 
 
 def change_of(name):
-    """Return the change of accuracy in points, with its standard error, that a file in results/ablation/ tells."""
-    change = seeds.compare(load("ablation/as-is.json")[0], load(f"ablation/{name}.json")[0])
+    """Return the change of accuracy in points, with its standard error, that a file in results/before/ tells."""
+    change = seeds.compare(*(load(f"before/{run}.json")[0] for run in ("as-is", name)))
     return change["difference"], change["error"]
 
 
 def ablation():
     """Return the table of what each part of the recipe is worth."""
     rows = [("change", "options", "n", "accuracy, mean ± std", "min", "difference", "results")]
-    for name, (change, _) in {"as-is": ("none", ""), **PARTS}.items():
-        benchmark, summary = load(f"ablation/{name}.json")
+    runs = {"ablation/as-is": "none", "before/as-is": "none, before weight decay"}
+    for run, change in (runs | {f"before/{name}": change for name, (change, _) in PARTS.items()}).items():
+        benchmark, summary = load(f"{run}.json")
         changes = [f"{key}={value}" for key, value in benchmark["settings"]["changes"].items()]
         options = " ".join(f"--set {shlex.quote(change)}" for change in changes)
-        difference = "" if name == "as-is" else "{:+.3f} ± {:.3f}".format(*change_of(name)).replace("-", "\u2212")
+        name = run.removeprefix("before/")
+        difference = "{:+.3f} ± {:.3f}".format(*change_of(name)).replace("-", "\u2212") if name in PARTS else ""
         figures = (str(summary["n"]), spread(summary), f"{summary['accuracy_min']:.2f} %", difference)
-        rows.append((change, f"`{options}`" if options else "", *figures, link(f"ablation/{name}.json")))
+        rows.append((change, f"`{options}`" if options else "", *figures, link(f"{run}.json")))
     return table(*rows)
 
 
