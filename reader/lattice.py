@@ -16,6 +16,7 @@ from scipy import ndimage
 CUT = 0.75  # what each cut through a stroke costs
 LEFT_OUT = 8  # what ink costs that is in no digit, if it is as large as a digit
 JOINED = 4  # what two segments side by side cost in one digit, if they are as high as a digit
+PIECES = 5  # of a digit, at most: a chain of dots, as along a notebook's spiral, has more
 AT_EDGE = 0.5  # what a digit costs that touches an edge of the picture
 LOW, WIDE = 3, 2  # what a digit costs that is low for its line, or wide for its height
 WIDEST, MOST = 1.6, 8  # a digit's width in heights of the line, and in segments
@@ -72,6 +73,7 @@ def lattice(model, ink, line):
             AT_EDGE * at_edge + LOW * max(0, low) + WIDE * max(0, wide) + STEM_OFF * (not is_whole) + join + cut[start]
         )
         is_whole = is_whole and (join == 0 or at_edge) and not line.is_cut[start]
+        is_whole = is_whole and (~line.is_cut[start + 1 : stop]).sum() < PIECES
         score = math.log(probabilities.max()) - cost
         arcs.append(Arc(start, stop, score, [Digit(box, digit, probabilities)], is_whole))
     return arcs

@@ -727,6 +727,13 @@ def test_digit_in_a_fainter_pen_leaves_doubt():
     assert not sure
 
 
+def test_holes_of_a_spiral_are_no_one():
+    image = Image.fromarray(np.pad(write("478"), ((0, 0), (60, 0)), constant_values=230))
+    for y in range(8, image.height, 24):
+        ImageDraw.Draw(image).ellipse((14, y - 6, 26, y + 6), fill=60)
+    assert not reader.read(pretrained(), image)[1]
+
+
 def test_punched_hole_is_no_digit():
     image = Image.fromarray(np.pad(write("25"), ((0, 0), (120, 0)), constant_values=230))
     ImageDraw.Draw(image).ellipse((40, 56, 100, 116), fill=60)
