@@ -31,7 +31,7 @@ def command_of(name, argv):
 
 
 def commit():
-    """Return the commit checked out, "-dirty" if a file of it outside results/ has changed; None outside a checkout."""
+    """Return the commit checked out, with "-dirty" if a file has changed, but for results/; None outside a checkout."""
 
     def git(*arguments):
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout

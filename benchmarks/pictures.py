@@ -451,7 +451,7 @@ def main(argv=()):
     one = parser.add_mutually_exclusive_group()
     one.add_argument("folder", nargs="?", type=Path, help="of labelled pictures (default: pictures made from MNIST)")
     one.add_argument("--dataset", choices=DATA_SETS, help="of torchvision.datasets: its test digits")
-    parser.add_argument("--images", type=positive, default=1000, metavar="N", help="of N test digits (default: 1000)")
+    parser.add_argument("--images", type=positive, default=1000, help="test digits to use (default: %(default)s)")
     parser.add_argument("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
     parser.add_argument("--out", type=Path, metavar="PATH", help="also write the figures here, as JSON")
     args = parser.parse_args(argv)

@@ -26,7 +26,7 @@ class Reading(typing.NamedTuple):
 
 
 def overlooks(model, density, faint, lines):
-    """Return whether a stroke that is too faint (H, W) may be a digit, too: it is about as high as those in lines."""
+    """Return whether one of the faint strokes (H, W) may be a digit: like one, and about as high as those in lines."""
     highest = max(bottom - top for line in lines for (_, top, _, bottom), *_ in line)
     labels, _ = ndimage.label(faint, EIGHT)
     strokes = [
@@ -52,8 +52,9 @@ def read_grey(model, grey, single):
         ]
         if lines := [digits for _, digits, _ in paths if digits]:
             score = sum(score for score, _, _ in paths) - cost
-            is_whole = all(is_whole for *_, is_whole in paths) and not overlooks(model, density, faint, lines)
-            best = max(best, Reading(score, lines, is_whole), key=lambda one: one.score)
+            if score > best.score:
+                is_whole = all(is_whole for *_, is_whole in paths) and not overlooks(model, density, faint, lines)
+                best = Reading(score, lines, is_whole)
     return best
 
 

@@ -42,7 +42,7 @@ def classify(model, digits):
     none = logits.mean(dim=1, keepdim=True) + NO_DIGIT
     probabilities = torch.cat([logits, none], dim=1).softmax(dim=1)[:, :10].numpy()
     is_solid = ndimage.minimum_filter(images > 127, (1, SOLID, SOLID)).any(axis=(1, 2))
-    return np.where(is_solid[:, None], 1e-9, probabilities)
+    return np.where(is_solid[:, None], 1e-9, probabilities)  # not 0: its logarithm is taken
 
 
 def is_likely(probabilities):

@@ -125,7 +125,7 @@ def hysteresis(ink, strokes):
 # --- All together --------------------------------------------------------------------------------------------------
 
 GUESS = 0.75  # the cost of removing ruled lines, rings, or what lies along the edges, as a log-probability
-WINDOWS = (2, 0), (8, 1.5)  # of the picture, one part of so many, and the cost; where shadows lie, the small one wins
+WINDOWS = (2, 0), (8, 1.5)  # what a picture is divided by for the first window, and its cost; 8 is for shadows
 LINE = 0.9  # of the paper's width or height: what is longer may be a line of ruled paper
 
 
