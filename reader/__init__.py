@@ -1,6 +1,6 @@
 """Read the handwritten digits in a picture. Each file is one step, in this order:
 
-picture.py, rulings.py, frames.py, ink.py, segments.py, digit.py, lattice.py; sheet.py shows what was found.
+picture.py, rulings.py, frames.py, marks.py, ink.py, segments.py, digit.py, lattice.py; sheet.py shows what was found.
 """
 
 import math
@@ -17,12 +17,13 @@ from scipy import ndimage
 
 MIN_SIDE = 8  # pixels: a picture with shorter sides is refused
 SMALL = 100  # pixels: a picture with a shorter side is first enlarged, if its longer side allows it
+SLASH, COMMA = 0.08, 0.6  # of the digits' height: one reaches as far above and below, the other is lower
 
 
 class Reading(typing.NamedTuple):
     score: float = -math.inf
     lines: list = ()  # of text, from top to bottom, each a list of Digit
-    is_whole: bool = False  # whether nothing is cut, joined, left out or overlooked
+    is_whole: bool = False  # whether nothing is cut, joined, left out or overlooked, or like a sign
 
 
 def overlooks(model, density, faint, lines):
@@ -36,6 +37,21 @@ def overlooks(model, density, faint, lines):
     ]
     digits = [to_form(stroke) for stroke in strokes if stroke.any()]
     return bool(digits) and any(map(is_likely, classify(model, digits)))
+
+
+def has_sign(lines):
+    """Return whether one of the digits in lines may be no digit, but a sign that looks like a 1.
+
+    A slash or a bracket reaches both above and below the others, a comma is lower than any 1.
+    """
+    height = np.median([bottom - top for line in lines for (_, top, _, bottom), *_ in line])
+    for line in lines:
+        _, top, _, bottom = np.transpose([digit.box for digit in line])
+        is_high = np.minimum(np.median(top) - top, bottom - np.median(bottom)) > SLASH * height
+        is_one = [digit.probabilities.argmax() == 1 for digit in line]
+        if (is_one & (is_high | (bottom - top < COMMA * height))).any():
+            return True
+    return False
 
 
 def read_grey(model, grey, single):
@@ -53,7 +69,8 @@ def read_grey(model, grey, single):
         if lines := [digits for _, digits, _ in paths if digits]:
             score = sum(score for score, _, _ in paths) - cost
             if score > best.score:
-                is_whole = all(is_whole for *_, is_whole in paths) and not overlooks(model, density, faint, lines)
+                is_whole = all(is_whole for *_, is_whole in paths)
+                is_whole = is_whole and not (has_sign(lines) or overlooks(model, density, faint, lines))
                 best = Reading(score, lines, is_whole)
     return best
 

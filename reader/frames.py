@@ -1,4 +1,4 @@
-"""From rulings to frames and tables: what belongs to them, to the edges or to a ring is no digit's."""
+"""From rulings to frames and tables: what belongs to them is no digit's."""
 
 from reader.rulings import EIGHT, REACH, find_runs
 
@@ -8,14 +8,19 @@ from scipy import ndimage
 SHORTEST = 12  # pixels: what is shorter is not of a frame
 ALIKE = 0.1  # of a ruling's length: one that reaches as far, but for this, is as long
 FADED = 5  # pixels by which a ruling may go on, too pale to be found
-INSIDE = 0.25  # of a ring's height, or more, has what it is drawn around; the dot in a 0 has less
-ALONG = 0.7  # of a stroke's height or width: what touches an edge of the picture as far lies along it
+TOOTH = 0.75  # of the highest stroke's height: a comb's teeth are lower
 
 
 def are_alike(ruling, rulings):
     """Return which of the rulings (N,) start and end as far across as one, but for a tenth of its length."""
     ends = np.array([other.x[[0, -1]] for other in rulings]).reshape(-1, 2)
     return (abs(ends - ruling.x[[0, -1]]) < REACH + ALIKE * np.ptp(ruling.x)).all(axis=1)
+
+
+def is_on(ruling, x, y):
+    """Return whether the point (x, y) is on a Ruling across, or hardly beside it."""
+    near = REACH + ruling.thickness / 2
+    return abs(ruling.at(x) - y) < near and ruling.x[0] - near < x < ruling.x[-1] + near
 
 
 def held_ends(ruling, own, others, shape):
@@ -26,13 +31,9 @@ def held_ends(ruling, own, others, shape):
     """
     height, width = shape
 
-    def holds(other, x, y):
-        near = REACH + other.thickness / 2
-        return abs(other.at(y) - x) < near and other.x[0] - near < y < other.x[-1] + near
-
     def crosses(other):
         x = other.at(np.median(ruling.y))
-        return ruling.x[0] < x < ruling.x[-1] and holds(other, x, ruling.at(x))
+        return ruling.x[0] < x < ruling.x[-1] and is_on(other, ruling.at(x), x)
 
     ends = (ruling.x[0], ruling.y[0]), (ruling.x[-1], ruling.y[-1])
     at_edge = [min(x, width - 1 - x, y, height - 1 - y) < REACH + ruling.thickness / 2 for x, y in ends]
@@ -40,7 +41,7 @@ def held_ends(ruling, own, others, shape):
         return [any(map(crosses, others))] * 2
     sides = 2 if are_alike(ruling, own).sum() > 1 else 1
     others = [other for other in others if ruling.thickness < sides * other.thickness + 1]
-    return [edge or any(holds(other, *end) for other in others) for edge, end in zip(at_edge, ends, strict=True)]
+    return [edge or any(is_on(other, y, x) for other in others) for edge, (x, y) in zip(at_edge, ends, strict=True)]
 
 
 def find_held(across, down, shape):
@@ -83,15 +84,24 @@ def erase(strokes, across, down):
     return ndimage.binary_propagation(rest & ~near, EIGHT, rest)
 
 
+def find_combs(across, down, highest):
+    """Return the Rulings of combs: lines across on which three teeth or more stand, alike and low, and these teeth."""
+    lines, teeth = [], []
+    for line in across:
+        low = [one for one in down if np.ptp(one.x) < TOOTH * highest and is_on(line, one.y[-1], one.x[-1])]
+        alike = [one for one in low if are_alike(one, low).sum() > 2]
+        if alike:
+            lines, teeth = [*lines, line], teeth + alike
+    return lines, teeth
+
+
 def find_frames(across, down, strokes):
     """Return which of the Rulings across and down strokes (H, W) are of frames and tables.
 
     Those down reach over the highest of what is left without them, or the 8 of a display would be a frame.
     """
-    across, down = ([ruling for ruling in rulings if np.ptp(ruling.x) > SHORTEST] for rulings in (across, down))
-    across, down = find_held(across, down, strokes.shape)
-    if not (across or down):
-        return across, down
+    long = [[ruling for ruling in rulings if np.ptp(ruling.x) > SHORTEST] for rulings in (across, down)]
+    across, down = find_held(*long, strokes.shape)
     rest, _ = ndimage.label(erase(strokes, across, down), EIGHT)
     highest = max((y.stop - y.start for y, _ in ndimage.find_objects(rest)), default=0)
     tall = [
@@ -99,43 +109,8 @@ def find_frames(across, down, strokes):
         for ruling in down
         if np.ptp(ruling.x) > highest or ruling.x[0] < REACH or ruling.x[-1] > len(strokes) - 1 - REACH
     ]
-    return find_held(across, tall, strokes.shape)
-
-
-def erase_rings(strokes):
-    """Remove those of the strokes (H, W) that are drawn around others, as a circle is around an answer.
-
-    A table has many holes, a ring hardly more than one.
-    """
-    labels, _ = ndimage.label(strokes, EIGHT)
-    places = ndimage.find_objects(labels)
-    heights, rings = np.array([0, *(y.stop - y.start for y, _ in places)]), []
-    for number, place in enumerate(places, start=1):
-        stroke = labels[place] == number
-        holes, count = ndimage.label(ndimage.binary_fill_holes(stroke) & ~stroke)
-        sizes = np.bincount(holes.ravel())[1:]
-        if count and sizes.max() > 0.8 * sizes.sum():
-            inside = labels[place][holes == 1 + sizes.argmax()]
-            if heights[inside].max() > INSIDE * heights[number]:
-                rings.append(number)
-    return strokes & ~np.isin(labels, rings)
-
-
-def clear_edges(strokes):
-    """Remove from strokes (H, W) what lies along the picture's edges, if all else keeps clear of them.
-
-    A stroke lies along one if most of its side is there and it is solid, or far longer, as a cut ruling is; or if it
-    lies along two, as what is around a sheet does.
-    """
-    labels, count = ndimage.label(strokes, EIGHT)
-    sides = [[part.stop - part.start for part in place] for place in ndimage.find_objects(labels)]
-    height, width = np.array([[1, 1], *sides]).T
-    is_solid = 3 * np.bincount(labels.ravel()) > height * width
-    signs = np.zeros(count + 1)
-    for turned, side, depth in ((labels, width, height), (labels.T, height, width)):
-        for edge in turned[[0, -1]]:
-            is_along = np.bincount(edge, minlength=count + 1) > ALONG * side
-            signs += is_along * (1 + (is_solid | (3 * side < depth)))
-    rest = strokes & ~(signs > 1)[labels]
-    is_clear = not (rest[[0, -1]].any() or rest[:, [0, -1]].any())
-    return rest if rest.any() and is_clear else strokes
+    held, combs = find_held(across, tall, strokes.shape), find_combs(*long, highest)
+    return [
+        own + [ruling for ruling in comb if not any(ruling is other for other in own)]
+        for own, comb in zip(held, combs, strict=True)
+    ]

@@ -3,7 +3,7 @@
 import itertools
 import math
 
-from reader import frames, rulings
+from reader import frames, marks, rulings
 from reader.rulings import EIGHT
 
 import numpy as np
@@ -111,8 +111,7 @@ def find_ink(grey, window):
         if level < max(MIN_CONTRAST, 4 * noise):
             return None
         strokes = smooth > FAINT * level
-        outline = strokes & ~ndimage.binary_erosion(strokes)
-        window = min(window, round(WINDOW * 2 * strokes.sum() / outline.sum()))
+        window = min(window, round(WINDOW * marks.thickness(strokes)))
     floor = max(0.1 * level, 2 * noise)
     return ((ink - floor) / (level - floor)).clip(0, 1), strokes
 
@@ -125,6 +124,7 @@ def hysteresis(ink, strokes):
 # --- All together --------------------------------------------------------------------------------------------------
 
 GUESS = 0.75  # the cost of removing ruled lines, rings, or what lies along the edges, as a log-probability
+BAR = 0.25  # the same of what digits are underlined with; without it they may be other digits, as a 7 is a 2
 WINDOWS = (2, 0), (8, 1.5)  # what a picture is divided by for the first window, and its cost; 8 is for shadows
 LINE = 0.9  # of the paper's width or height: what is longer may be a line of ruled paper
 
@@ -155,6 +155,10 @@ def hypotheses(grey, can_win):
                 if before is None or (rest != before).any():
                     left = np.where(strokes & ~rest, 0, ink)
                     whole = hysteresis(left, rest)
-                    clear = frames.clear_edges(frames.erase_rings(whole))
-                    yield cost + extra + GUESS * (clear != whole).any(), left, clear, rest & ~whole, frame
+                    clear = marks.clear_edges(marks.erase_rings(whole))
+                    bare = marks.erase_bars(clear)
+                    guess = cost + extra + GUESS * (clear != whole).any()
+                    yield guess, left, clear, rest & ~whole, frame
+                    if can_win(guess + BAR) and (bare != clear).any():
+                        yield guess + BAR, left, bare, rest & ~whole, frame
                 before = rest

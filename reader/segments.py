@@ -59,11 +59,12 @@ def group(boxes, rows, cells):
     beside = np.not_equal.outer(cells, cells) & (down > -0.3 * higher)
     linked = same_row & (follows | stacked | beside)
     count, line = connected_components(linked, directed=False)
-    # A line much lower than the highest holds marks: they belong to the nearest digits; in a row of their own, to none.
+    # A line much lower than the highest holds marks: they belong to the nearest digits, or to none if those are far.
     marks = ndimage.maximum(height, line, range(count))[line] < 0.35 * height.max()
     distance = np.hypot(across.clip(max=0), down.clip(max=0))
     distance[~same_row | marks] = np.inf
-    line = np.where(marks, np.where(distance.min(axis=1) < np.inf, line[distance.argmin(axis=1)], -1), line)
+    near = distance.min(axis=1) < height.max() / 2
+    line = np.where(marks, np.where(near, line[distance.argmin(axis=1)], -1), line)
     return sorted(
         (np.flatnonzero(line == k) for k in set(line) - {-1}), key=lambda line: np.median((top + bottom)[line])
     )

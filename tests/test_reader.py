@@ -6,7 +6,7 @@ from pathlib import Path
 import mnist
 import reader
 from benchmarks import pictures
-from reader import frames, ink, picture, rulings
+from reader import ink, marks, picture, rulings
 from tests.drawing import draw, four, noisy, png, pretrained, seven
 from tools import predict, weights
 
@@ -700,13 +700,67 @@ def test_shadow_over_half_of_a_number_changes_nothing():
     assert read((pixels * (1 - ndimage.gaussian_filter(shadow, 4))).astype(np.uint8))[0] == "25"
 
 
-@pytest.mark.parametrize("number", ["2", "25"])
-def test_circled_answer_is_read(number):
-    image = Image.fromarray(np.pad(write(number), 40, constant_values=230))
-    ImageDraw.Draw(image).ellipse((10, 10, image.width - 11, image.height - 11), outline=30, width=8)
-    lines, sure = reader.read(pretrained(), image)
+def circled(pixels, end=360):
+    """Draw a circle around the digits, from 0 to `end` degrees."""
+    image = Image.fromarray(np.pad(pixels, 40, constant_values=230))
+    ImageDraw.Draw(image).arc((10, 10, image.width - 11, image.height - 11), 0, end, fill=30, width=8)
+    return np.asarray(image)
+
+
+def nearly_circled(pixels):
+    return circled(pixels, end=357)
+
+
+def circled_through_a_digit(pixels):
+    """Join the circle and the first digit."""
+    pixels = circled(pixels)
+    return draw(pixels, (14, 128, 80, 128), width=8)
+
+
+def underlined(pixels, y=150):
+    pixels = np.pad(pixels, ((0, 40), (0, 0)), constant_values=230)
+    return draw(pixels, (24, y + 4, pixels.shape[1] - 24, y), width=8)
+
+
+def twice_underlined(pixels):
+    return draw(underlined(pixels), (24, 174, pixels.shape[1] - 24, 170), width=8)
+
+
+def on_a_comb(pixels):
+    """Draw a line below the digits, and short ones on it, between them."""
+    pixels = np.pad(pixels, ((0, 30), (0, 0)), constant_values=230)
+    pixels = draw(pixels, (10, 160, pixels.shape[1] - 11, 160), width=4)
+    for x in np.linspace(10, pixels.shape[1] - 11, 3):
+        pixels = draw(pixels, (x, 160, x, 110), width=4)
+    return pixels
+
+
+def below_icons(pixels):
+    """Draw dots far above, as a drawing program's colours."""
+    pixels = np.pad(pixels, ((100, 0), (0, 0)), constant_values=230)
+    for x in range(20, 120, 30):
+        pixels[14:28, x : x + 14] = 30
+    return pixels
+
+
+SURROUNDINGS = [circled, nearly_circled, circled_through_a_digit, underlined, twice_underlined, on_a_comb, below_icons]
+
+
+@pytest.mark.parametrize("number", ["2", "25", "71"])
+@pytest.mark.parametrize("add", SURROUNDINGS)
+def test_what_is_around_digits_is_not_read(add, number):
+    lines, sure = reader.read(pretrained(), Image.fromarray(add(write(number, gap=24))))
     assert predict.as_result("", lines, sure, 1)["number"] == number
     assert sure
+
+
+def test_bar_between_digits_is_no_underline():
+    strokes = np.zeros((100, 40), dtype=bool)
+    strokes[10:40, 10:14] = strokes[50:53, 2:38] = True
+    under = strokes.copy()
+    strokes[60:90, 20:24] = True
+    assert np.array_equal(marks.erase_bars(strokes), strokes)
+    assert np.array_equal(np.flatnonzero(marks.erase_bars(under).any(axis=1)), np.arange(10, 40))
 
 
 def test_table_is_no_ring():
@@ -714,9 +768,9 @@ def test_table_is_no_ring():
     ImageDraw.Draw(image := Image.fromarray(strokes)).rectangle((5, 5, 94, 54), outline=1, width=2)
     ImageDraw.Draw(image).rectangle((20, 15, 30, 45), fill=1)
     strokes = np.array(image)
-    assert np.array_equal(frames.erase_rings(strokes), strokes & (ndimage.label(strokes)[0] == 2))
+    assert np.array_equal(marks.erase_rings(strokes), strokes & (ndimage.label(strokes)[0] == 2))
     strokes[:, 50] |= strokes[:, 5]  # two cells
-    assert np.array_equal(frames.erase_rings(strokes), strokes)
+    assert np.array_equal(marks.erase_rings(strokes), strokes)
 
 
 def test_digit_in_a_fainter_pen_leaves_doubt():
@@ -759,6 +813,13 @@ def test_mark_beside_digits_is_not_sure(mark):
     lines, sure = reader.read(pretrained(), Image.fromarray(mark(pixels)))
     assert predict.as_result("", lines, sure, 1)["number"] == "25"
     assert not sure
+
+
+@pytest.mark.parametrize("strokes", [(250, 130, 230, 160), (265, 0, 225, 170)], ids=["comma", "slash"])
+def test_sign_like_a_1_is_not_sure(strokes):
+    pixels = np.hstack([write("25"), write("48")])
+    assert reader.read(pretrained(), Image.fromarray(pixels))[1]
+    assert not reader.read(pretrained(), Image.fromarray(draw(pixels, strokes, width=9)))[1]
 
 
 @pytest.mark.parametrize(
