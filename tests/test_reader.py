@@ -6,7 +6,7 @@ from pathlib import Path
 import mnist
 import reader
 from benchmarks import pictures
-from reader import ink, marks, picture, rulings
+from reader import frames, ink, marks, picture, rulings
 from tests.drawing import draw, four, noisy, png, pretrained, seven
 from tools import predict, weights
 
@@ -711,12 +711,6 @@ def nearly_circled(pixels):
     return circled(pixels, end=357)
 
 
-def circled_through_a_digit(pixels):
-    """Join the circle and the first digit."""
-    pixels = circled(pixels)
-    return draw(pixels, (14, 128, 80, 128), width=8)
-
-
 def underlined(pixels, y=150):
     pixels = np.pad(pixels, ((0, 40), (0, 0)), constant_values=230)
     return draw(pixels, (24, y + 4, pixels.shape[1] - 24, y), width=8)
@@ -743,15 +737,32 @@ def below_icons(pixels):
     return pixels
 
 
-SURROUNDINGS = [circled, nearly_circled, circled_through_a_digit, underlined, twice_underlined, on_a_comb, below_icons]
-
-
 @pytest.mark.parametrize("number", ["2", "25", "71"])
-@pytest.mark.parametrize("add", SURROUNDINGS)
+@pytest.mark.parametrize("add", [circled, nearly_circled, underlined, twice_underlined, on_a_comb, below_icons])
 def test_what_is_around_digits_is_not_read(add, number):
     lines, sure = reader.read(pretrained(), Image.fromarray(add(write(number, gap=24))))
     assert predict.as_result("", lines, sure, 1)["number"] == number
     assert sure
+
+
+def test_digit_that_touches_a_ring_stays():
+    ImageDraw.Draw(image := Image.new("1", (120, 100))).ellipse((5, 5, 114, 94), outline=1, width=3)
+    for line in ((40, 30, 40, 88), (75, 30, 75, 70)):
+        ImageDraw.Draw(image).line(line, fill=1, width=3)
+    assert ndimage.label(np.array(image))[1] == 2
+    rest = marks.erase_rings(np.array(image))
+    assert rest[30:70, [40, 75]].all()
+    assert not rest[:25].any()
+
+
+def test_comb_has_three_low_teeth():
+    def across(start, stop, at):
+        return rulings.Ruling(np.array([start, stop]), np.array([at, at]), 2)
+
+    line, teeth = across(0, 100, at=90), [across(60, 90, at=x) for x in (10, 50, 90)]
+    assert frames.find_combs([line], teeth, highest=60) == ([line], teeth)
+    assert frames.find_combs([line], teeth[1:], highest=60) == ([], [])
+    assert frames.find_combs([line], teeth, highest=30) == ([], [])  # three 1s
 
 
 def test_bar_between_digits_is_no_underline():
