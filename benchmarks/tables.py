@@ -20,7 +20,8 @@ HISTOGRAM = ROOT / "assets" / "accuracy.png"
 RUNS = {"default.json": "python mnist.py", "epochs20.json": "python mnist.py --epochs 20"}
 TIMES = ("speed.json", "avx2.json", "avx2-alone.json")
 ARXIV = "https://arxiv.org/abs"
-PARTS = {  # the change in a file of results/before/, and the part of the recipe that it takes away
+PARTS = {  # the change in a file of results/ablation/ or before/, and the part of the recipe that it takes away
+    "no-decay": ("no weight decay", f"[weight decay]({ARXIV}/1711.05101)"),
     "uniform": (
         "all images alike in every epoch",
         f"hard images more often: [selective backpropagation]({ARXIV}/1910.00762)",
@@ -100,21 +101,27 @@ def seconds():
     return table(*rows)
 
 
+def folder_of(name):
+    """Return where the file of a part is: in ablation/ if it is of the recipe as it is, in before/ of the one before."""
+    return "ablation" if (RESULTS / "ablation" / f"{name}.json").exists() else "before"
+
+
 def change_of(name):
-    """Return the change of accuracy in points, with its standard error, that a file in results/before/ tells."""
-    change = seeds.compare(*(load(f"before/{run}.json")[0] for run in ("as-is", name)))
+    """Return the change of accuracy in points, with its standard error, that the file of a part tells."""
+    change = seeds.compare(*(load(f"{folder_of(name)}/{run}.json")[0] for run in ("as-is", name)))
     return change["difference"], change["error"]
 
 
 def ablation():
     """Return the table of what each part of the recipe is worth."""
     rows = [("change", "options", "n", "accuracy, mean ± std", "min", "difference", "results")]
-    runs = {"ablation/as-is": "none", "before/as-is": "none, before weight decay"}
-    for run, change in (runs | {f"before/{name}": change for name, (change, _) in PARTS.items()}).items():
+    parts = {f"{folder_of(name)}/{name}": change for name, (change, _) in PARTS.items()}
+    runs = {"ablation/as-is": "none", "before/as-is": "none, before weight decay"} | parts
+    for run, change in sorted(runs.items(), key=lambda item: item[0].startswith("before")):
         benchmark, summary = load(f"{run}.json")
         changes = [f"{key}={value}" for key, value in benchmark["settings"]["changes"].items()]
         options = " ".join(f"--set {shlex.quote(change)}" for change in changes)
-        name = run.removeprefix("before/")
+        name = run.partition("/")[2]
         difference = "{:+.3f} ± {:.3f}".format(*change_of(name)).replace("-", "\u2212") if name in PARTS else ""
         figures = (str(summary["n"]), spread(summary), f"{summary['accuracy_min']:.2f} %", difference)
         rows.append((change, f"`{options}`" if options else "", *figures, link(f"{run}.json")))
