@@ -102,7 +102,7 @@ def seconds():
 
 
 def folder_of(name):
-    """Return where the file of a part is: in ablation/ if it is of the recipe as it is, in before/ of the one before."""
+    """Return where the file of a part is: in ablation/ if of the recipe as it is, in before/ if of the one before."""
     return "ablation" if (RESULTS / "ablation" / f"{name}.json").exists() else "before"
 
 
