@@ -115,16 +115,15 @@ def change_of(name):
 def ablation():
     """Return the table of what each part of the recipe is worth."""
     rows = [("change", "options", "n", "accuracy, mean ± std", "min", "difference", "results")]
-    parts = {f"{folder_of(name)}/{name}": change for name, (change, _) in PARTS.items()}
-    runs = {"ablation/as-is": "none", "before/as-is": "none, before weight decay"} | parts
-    for run, change in sorted(runs.items(), key=lambda item: item[0].startswith("before")):
-        benchmark, summary = load(f"{run}.json")
+    runs = [("ablation", "as-is", "none"), ("before", "as-is", "none, before weight decay")]
+    runs += [(folder_of(name), name, change) for name, (change, _) in PARTS.items()]
+    for folder, name, change in sorted(runs, key=lambda run: run[0]):
+        benchmark, summary = load(f"{folder}/{name}.json")
         changes = [f"{key}={value}" for key, value in benchmark["settings"]["changes"].items()]
         options = " ".join(f"--set {shlex.quote(change)}" for change in changes)
-        name = run.partition("/")[2]
         difference = "{:+.3f} ± {:.3f}".format(*change_of(name)).replace("-", "\u2212") if name in PARTS else ""
         figures = (str(summary["n"]), spread(summary), f"{summary['accuracy_min']:.2f} %", difference)
-        rows.append((change, f"`{options}`" if options else "", *figures, link(f"{run}.json")))
+        rows.append((change, f"`{options}`" if options else "", *figures, link(f"{folder}/{name}.json")))
     return table(*rows)
 
 

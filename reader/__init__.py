@@ -17,7 +17,7 @@ from scipy import ndimage
 
 MIN_SIDE = 8  # pixels: a picture with shorter sides is refused
 SMALL = 100  # pixels: a picture with a shorter side is first enlarged, if its longer side allows it
-SLASH, COMMA = 0.08, 0.6  # of the digits' height: one reaches as far above and below, the other is lower
+SLASH, COMMA = 0.08, 0.6  # of the digits' height: a slash overshoots both ends by more, a comma is not as high
 
 
 class Reading(typing.NamedTuple):

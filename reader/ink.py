@@ -124,7 +124,7 @@ def hysteresis(ink, strokes):
 # --- All together --------------------------------------------------------------------------------------------------
 
 GUESS = 0.75  # the cost of removing ruled lines, rings, or what lies along the edges, as a log-probability
-BAR = 0.25  # the same of what digits are underlined with; without it they may be other digits, as a 7 is a 2
+BAR = 0.25  # the cost of removing an underline, which may be part of a digit: a 7 on a line looks like a 2
 WINDOWS = (2, 0), (8, 1.5)  # what a picture is divided by for the first window, and its cost; 8 is for shadows
 LINE = 0.9  # of the paper's width or height: what is longer may be a line of ruled paper
 
@@ -156,9 +156,8 @@ def hypotheses(grey, can_win):
                     left = np.where(strokes & ~rest, 0, ink)
                     whole = hysteresis(left, rest)
                     clear = marks.clear_edges(marks.erase_rings(whole))
-                    bare = marks.erase_bars(clear)
                     guess = cost + extra + GUESS * (clear != whole).any()
                     yield guess, left, clear, rest & ~whole, frame
-                    if can_win(guess + BAR) and (bare != clear).any():
+                    if can_win(guess + BAR) and ((bare := marks.erase_bars(clear)) != clear).any():
                         yield guess + BAR, left, bare, rest & ~whole, frame
                 before = rest

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import ndimage
 
 INSIDE = 0.25  # of a ring's height, or more, has what it is drawn around; the dot in a 0 has less
-GAP = 0.04  # of a ring's height: it may be open as far
+GAP = 0.04  # of a ring's height: a gap up to this counts as closed
 ALONG = 0.7  # of a stroke's height or width: what touches an edge of the picture as far lies along it
 
 
@@ -41,7 +41,7 @@ def erase_rings(strokes):
 
 
 def erase_bars(strokes):
-    """Remove from strokes (H, W) what is flat and has a high one above it, but none below: underlines."""
+    """Remove from strokes (H, W) underlines: what is flat, and has a high stroke above it but none below."""
     labels, _ = ndimage.label(strokes, EIGHT)
     left, top, right, bottom = boxes_of(labels).T
     width, height, highest = right - left, bottom - top, max(bottom - top, default=0)
