@@ -44,6 +44,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="the fault is caused 
         ("--seed", "-1"),
         ("--seed", str(2**63)),
         ("--device", "tpu"),
+        ("--device", "hpu"),
         ("--precision", "float8"),
         ("--save-model", "missing/mnist.py"),
         ("--save-model", "missing/train-images-idx3-ubyte"),
@@ -175,7 +176,7 @@ def test_run_that_did_not_learn_says_so(accuracy, options, warned, digits, tmp_p
     monkeypatch.setattr(mnist, "load_mnist", lambda *_: (digits(500), digits(100)))
     monkeypatch.setattr(mnist, "fit", lambda *_: [{"test_loss": 9, "test_accuracy": accuracy}])
     mnist.main(options)
-    expected = "mnist.py: warning: the network did not learn; with the default options it does\n" if warned else ""
+    expected = "mnist.py: warning: accuracy below 98 %, which the default options pass\n" if warned else ""
     assert capsys.readouterr().err == expected
 
 
@@ -375,7 +376,7 @@ def fail(error):
     [
         (mnist.UserError("put it right"), "mnist.py: error: put it right"),
         (FileNotFoundError(2, "No such file", "a.pt"), "mnist.py: error: a.pt: No such file"),
-        (torch.OutOfMemoryError("Out of memory.\nMore"), "mnist.py: error: Out of memory. Lower --batch-size."),
+        (torch.OutOfMemoryError("Can't allocate.\nMore"), "mnist.py: error: Can't allocate. Lower --batch-size."),
     ],
 )
 def test_error_is_one_line(error, message, monkeypatch):
@@ -383,6 +384,12 @@ def test_error_is_one_line(error, message, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         fail(error)
     assert stop.value.code == message  # which Python prints on stderr; the exit status is 1
+
+
+def test_memory_of_the_computer_runs_out(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mnist.py"])
+    with pytest.raises(SystemExit, match=r"^mnist\.py: error: .*allocate.* Lower --batch-size\.$"):
+        mnist.run(lambda _: torch.empty(2**50))
 
 
 def test_bare_interrupt_ends_quietly(monkeypatch, capsys):
@@ -393,7 +400,7 @@ def test_bare_interrupt_ends_quietly(monkeypatch, capsys):
     assert capsys.readouterr().err == "mnist.py: interrupted\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(5, "no file to name")])
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), OSError(5, "no file to name")])
 def test_unexpected_error_keeps_its_traceback(error):
     with pytest.raises(type(error)) as raised:
         fail(error)

@@ -193,7 +193,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="report.py", description="Draw what the trained network learned.")
     add = parser.add_argument
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
-    add("--data-dir", type=Path, default=mnist.DATA_DIR, help="data folder (default: $MNIST_DATA or data/)")
+    add("--data-dir", type=Path, default=mnist.DATA_DIR, help="default: $MNIST_DATA, or data/ beside mnist.py")
     add("--out", type=Path, default="report.png", metavar="PATH", help="default: %(default)s; or .pdf, .svg")
     add("--augmentation", action="store_true", help="draw a row of digits, augmented, and junk instead")
     args = parser.parse_args(argv)
