@@ -58,6 +58,8 @@ def main(argv=()):
     add("--dry-run", action="store_true", help="train and test on a single batch")
     add("--out", type=Path, metavar="PATH", help="also write the history here, as JSON")
     args = parser.parse_args(argv)
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"argument --seed: {args.seed} is not from 0 to {2**63 - 1}")
     if args.out:
         mnist.write(args.out)  # raises OSError now if it could not be written later
 

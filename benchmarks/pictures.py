@@ -373,10 +373,10 @@ def labelled(folder):
                     )
                 kinds.setdefault(row.get("kind") or "all", []).append((folder / row["picture"], row["label"]))
     else:
-        pictures = sorted(path for path in folder.glob("[0-9]/*") if path.is_file())
+        pictures = sorted(path for path in folder.glob("[0-9]/[!.]*") if path.is_file())
         kinds["all"] = [(path, path.parent.name) for path in pictures]
     if not any(kinds.values()):
-        raise mnist.UserError(f"{folder}: it holds neither labels.tsv nor pictures in folders named 0 to 9")
+        raise mnist.UserError(f"{folder}: it holds no row in labels.tsv, and no picture in folders named 0 to 9")
     for kind, pairs in kinds.items():
         yield kind, *zip(*pairs, strict=True)
 
@@ -414,8 +414,8 @@ def by_hand(image):
 def measure(model, pictures, labels):
     """Read PIL images, or files of pictures, and compare the answers with the labels.
 
-    Returns shares of the pictures in %, and sheet.to_row() of each mistake. The share that is right if prepared
-    by_hand() is None where a label is not one digit.
+    Returns shares of the pictures in %, and sheet.to_row() of each mistake, or None after the first MOST. The share
+    that is right if prepared by_hand() is None where a label is not one digit.
     """
     right, sure, ten_lines, mistakes = [], [], [], []
     one_digit_each = all(len(label) == 1 for label in labels)
@@ -436,7 +436,8 @@ def measure(model, pictures, labels):
             ten_lines.append(str(mnist.classify(model, form).argmax().item()) == label)
         if not right[-1]:
             name = picture.name if isinstance(picture, Path) else "it"
-            mistakes.append(sheet.to_row(image, lines, f"{name} is {label or 'no digit'}{caption}"))
+            row = f"{name} is {label or 'no digit'}{caption}"
+            mistakes.append(sheet.to_row(image, lines, row) if len(mistakes) < MOST else None)
     right, sure = np.array(right), np.array(sure)
     columns = {"right": right, "not sure": ~sure, "wrong, but sure": sure & ~right, "ten lines": ten_lines}
     shares = {name: 100 * np.mean(values).item() if len(values) else None for name, values in columns.items()}

@@ -134,7 +134,7 @@ def settings_of(args):
 
 SETTINGS = {"epochs": int, "validate": bool, "changes": dict, "baseline_epochs": int, "precision": str, "cpu": str}
 SETTINGS |= {"threads": (int, str), "torch": str}
-MACHINE = ("cpu", "gpu", "capability", "threads", "side_by_side", "precision")  # may differ in the parts of a join
+MACHINE = ("cpu", "gpu", "capability", "threads", "side_by_side", "precision", "python")  # may differ in a join
 FIGURES = ("accuracy", "loss", "training_seconds", "process_seconds")
 BASELINE_FIGURES = ("accuracy", "extrapolated_seconds")
 
@@ -202,8 +202,8 @@ def print_summary(benchmark):
     kind = "validation" if settings["validate"] else "test"
     error = summary["calibration_error"]
     changes = "".join(f", {name} = {value}" for name, value in settings["changes"].items())
-    where = f"{settings.get('gpu', settings['cpu'])}, {settings['precision']}, {settings['threads']} threads"
-    print(f"{settings['epochs']} epochs{changes}; {where}, torch {settings['torch']}")
+    where = f"{settings.get('gpu', settings['cpu'])}, {settings['precision']}, threads: {settings['threads']}"
+    print(f"Epochs: {settings['epochs']}{changes}; {where}, torch {settings['torch']}")
     low = len(summary["seeds_at_or_below_99.40"])
     print(f"{kind.capitalize()} accuracy {accuracy_of(summary)}; {low} at or below {TARGET:.2f} %")
     print(f"Loss {summary['loss']:.4f}" + ("" if error is None else f", calibration error {error:.2f} %"))
@@ -307,6 +307,8 @@ def parse_args(argv):
     add("--partial", action="store_true", help="join what is there, and record the seeds that are missing")
     add("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="run nothing: compare the accuracies")
     args = parser.parse_args(argv)
+    if args.shard[0] > args.seeds:
+        parser.error("argument --shard: {}/{} holds none of {} seeds".format(*args.shard, args.seeds))
     args.set = dict(args.set)
     args.data_dir = args.data_dir.expanduser().resolve()
     args.threads = max(1, torch.get_num_threads() // args.jobs)

@@ -8,6 +8,7 @@ Usage, in the folder of mnist.py, with nothing else running:
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -101,14 +102,18 @@ def main(argv=()):
     if args.out:
         mnist.write(args.out)  # raises OSError now if the figures could not be written later
     precision = "bfloat16" if mnist.has_bfloat16(args.device) else "float32"
-    left_out = {"bfloat16"} if precision == "float32" else set()
-    left_out |= {"freed memory kept"} if args.device.type == "cuda" else {"the step as a CUDA graph"}
+    uses = {
+        "bfloat16": precision == "bfloat16",
+        "channels_last": args.device.type != "mps",
+        "freed memory kept": args.device.type == "cpu" and sys.platform == "linux",
+        "the step as a CUDA graph": args.device.type == "cuda",
+    }
     origin = {"command": command_of("steps", argv), "commit": commit(), **machine()}
     origin |= {"device": str(args.device), "precision": precision, "threads": torch.get_num_threads()}
     print(f"| {' | '.join(HEAD)} |\n|{' --- |' * len(HEAD)}")
     results = {}
     for trick, change in TRICKS.items():
-        if trick in left_out:
+        if not uses.get(trick, True):
             continue
         results[trick] = pairs = [(milliseconds("", args), milliseconds(change, args)) for _ in range(args.pairs)]
         print(f"| {' | '.join(cells(trick, pairs))} |", flush=True)

@@ -4,6 +4,7 @@ Usage, in the folder of mnist.py:
     python -m benchmarks.tables
 """
 
+import argparse
 import io
 import json
 import re
@@ -173,8 +174,10 @@ def draw_histogram():
     return figure
 
 
-def main(_argv=()):
+def main(argv=()):
     """Write the tables into the READMEs, and the histogram to assets/."""
+    description = "Make the READMEs' tables, and the histogram, from the files in results/."
+    argparse.ArgumentParser(prog="python -m benchmarks.tables", description=description).parse_args(argv)
     for path in READMES:
         mnist.write(path, filled(path.read_text(encoding="utf-8")).encode())
     draw_histogram().savefig(buffer := io.BytesIO())

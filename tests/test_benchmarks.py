@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import benchmarks
@@ -341,6 +342,7 @@ def test_broken_results_are_refused(runs):
         ("--shard", "0/8"),
         ("--shard", "9/8"),
         ("--shard", "3"),
+        ("--shard", "6/8"),  # of five seeds
         ("--set", "NO_SUCH=1"),
         ("--set", "ROUNDS=1 2"),
         ("--set", "EPOCHS=20"),
@@ -350,6 +352,12 @@ def test_broken_results_are_refused(runs):
 )
 def test_bad_value_is_refused(option, value, assert_refused):
     assert_refused(seeds.main, option, value)
+
+
+def test_bad_value_of_others_is_refused(assert_refused, monkeypatch):
+    monkeypatch.setattr(mnist, "write", None)
+    assert_refused(original.main, "--seed", str(2**64))
+    assert_refused(tables.main, "--out", "README.md")
 
 
 @pytest.mark.parametrize("benchmark", [seeds, pictures, original, steps])
@@ -451,6 +459,16 @@ def test_every_trick_is_taken_away(monkeypatch):
     assert mnist.parse_args(["--device", "cpu"]).precision == "float32"
 
 
+def test_tricks_that_are_not_used_are_not_timed(monkeypatch):
+    monkeypatch.setattr(steps, "milliseconds", lambda *_: 1.0)
+    monkeypatch.setattr(mnist, "has_bfloat16", lambda _: False)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    left = {"channels_last", "max-pooling before ReLU", "whole batches augmented"}
+    assert set(steps.main(["--pairs", "1", "--device", "cpu"])) == left
+    monkeypatch.setattr(mnist, "pick_device", torch.device)
+    assert set(steps.main(["--pairs", "1", "--device", "mps"])) == left - {"channels_last"}
+
+
 def test_pooling_last_gives_the_same(digits):
     model = mnist.Net().eval()
     images = mnist.normalize(digits(20)[0])
@@ -520,6 +538,15 @@ def test_own_pictures_with_a_table(own_pictures, folder, capsys):
         assert sheet.height > 2 * 224
 
 
+def test_first_mistakes_are_shown(own_pictures, folder, monkeypatch, capsys):
+    (own_pictures / "labels.tsv").write_text("picture\tlabel\na.png\t1\nb.png\t1\n")
+    monkeypatch.setattr(pictures, "MOST", 1)
+    pictures.main([str(own_pictures), "--model", str(weights.PRETRAINED)])
+    assert "1 of 2 mistakes are shown in mistakes.png" in capsys.readouterr().out
+    with Image.open("mistakes.png") as sheet:
+        assert sheet.height < 2 * 224
+
+
 def test_own_pictures_without_a_digit(own_pictures, folder, monkeypatch):
     (own_pictures / "labels.tsv").write_text("picture\tlabel\na.png\t\nb.png\t\nc.png\t\n")
     results = pictures.main([str(own_pictures), "--model", str(weights.PRETRAINED)])
@@ -534,9 +561,10 @@ def test_own_pictures_without_a_digit(own_pictures, folder, monkeypatch):
 def test_own_pictures_with_a_folder_for_each_digit(own_pictures, folder):
     for label, name in (("7", "a.png"), ("1", "b.png")):
         (own_pictures / label).mkdir()
+        (own_pictures / label / ".DS_Store").write_bytes(b"of a Mac")
         (own_pictures / name).rename(own_pictures / label / name)
     results = pictures.main([str(own_pictures), "--model", str(weights.PRETRAINED)])
-    assert results["all"]["right"] == 50
+    assert results["all"] == results["all"] | {"n": 2, "right": 50}
 
 
 @pytest.mark.parametrize("table", [None, "", "picture\tlabel\n", "a.png\t7\n", "picture\tlabel\na.png\n"])
