@@ -1,6 +1,7 @@
-"""Read the handwritten digits in a picture. Each file is one step, in this order:
+"""Read the handwritten digits in a picture. Each file is one step:
 
-picture.py, rulings.py, frames.py, marks.py, ink.py, segments.py, digit.py, lattice.py; sheet.py shows what was found.
+picture.py; ink.py, which uses rulings.py, frames.py and marks.py; segments.py; digit.py; lattice.py. sheet.py shows
+what was found.
 """
 
 import math
@@ -86,8 +87,8 @@ def read(model, image, single=False):
 
     Returns the lines from top to bottom, each a list of Digit from left to right, and whether the answer is sure. Ink
     and background can be told apart in several ways, and strokes be divided into digits in several. All go through the
-    network, and what it finds likeliest counts. An image in MNIST's form goes there with nothing but its range
-    changed, if that is not 0 to 255. Raises UserError if there is no digit.
+    network, and what it finds likeliest counts. An image in MNIST's form goes to it with nothing but its range
+    changed, if that is not 0 to 255. Raises UserError if the image is too small, or there is no digit on it.
     """
     if max(image.size) < MIN_SIDE:
         raise mnist.UserError(f"it has only {image.width} x {image.height} pixels")

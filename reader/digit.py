@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 SOLID = 11  # pixels: the strokes of a digit are narrower, unlike a hole punched in the paper, or a finger
-NO_DIGIT = 5.75  # a logit must stand this far above the mean of the ten, or there is likelier no digit
+NO_DIGIT = 5.75  # a logit must stand this far above the mean of the ten, or it is likelier no digit
 
 
 class Digit(typing.NamedTuple):
@@ -36,7 +36,7 @@ def to_form(ink):
 
 
 def classify(model, digits):
-    """Return the probabilities (N, 10) of images (28, 28) in MNIST's form, beside which each may also be no digit."""
+    """Return the probabilities (N, 10) of each digit for images (28, 28) in MNIST's form; the rest is that of none."""
     images = np.stack(digits)
     logits = mnist.classify(model, torch.from_numpy(images))
     none = logits.mean(dim=1, keepdim=True) + NO_DIGIT

@@ -45,7 +45,7 @@ def held_ends(ruling, own, others, shape):
 
 
 def find_held(across, down, shape):
-    """Return which of the Rulings across and down others hold at both ends, or at one, if another such is as long."""
+    """Return which Rulings across and down others hold at both ends, or at one end if one held at both is as long."""
     held = across, down
     while True:
         still = [ruling for ruling in held[0] if all(held_ends(ruling, *held, shape))]
@@ -98,7 +98,8 @@ def find_combs(across, down, highest):
 def find_frames(across, down, strokes):
     """Return which of the Rulings across and down strokes (H, W) are of frames and tables.
 
-    Those down reach over the highest of what is left without them, or the 8 of a display would be a frame.
+    Those down are longer than the highest stroke that is left without them, or reach the picture's edge: else the 8 of
+    a display would be a frame.
     """
     long = [[ruling for ruling in rulings if np.ptp(ruling.x) > SHORTEST] for rulings in (across, down)]
     across, down = find_held(*long, strokes.shape)
@@ -110,7 +111,4 @@ def find_frames(across, down, strokes):
         if np.ptp(ruling.x) > highest or ruling.x[0] < REACH or ruling.x[-1] > len(strokes) - 1 - REACH
     ]
     held, combs = find_held(across, tall, strokes.shape), find_combs(*long, highest)
-    return [
-        own + [ruling for ruling in comb if not any(ruling is other for other in own)]
-        for own, comb in zip(held, combs, strict=True)
-    ]
+    return [own + comb for own, comb in zip(held, combs, strict=True)]

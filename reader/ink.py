@@ -32,7 +32,7 @@ def flatten(grey, part):
     return np.where(part, grey, np.median(grey[part]))
 
 
-def between(light):
+def enclosed(light):
     """Return which pixels (H, W) have light ones on the left and on the right."""
     return np.logical_or.accumulate(light, axis=1) & np.logical_or.accumulate(light[:, ::-1], axis=1)[:, ::-1]
 
@@ -45,7 +45,8 @@ def extent(mask):
 def find_sheet(light):
     """Find a light sheet with little ink on something dark, given which pixels (H, W) of a picture are light.
 
-    Returns which pixels are on it; None if there is no sheet of more than half the picture's width and height.
+    Returns which pixels are on it; None if there is no sheet of more than half the picture's width and height, or it is
+    all of the picture.
     """
     labels, _ = ndimage.label(light)
     largest = labels == np.bincount(labels.ravel())[1:].argmax() + 1
@@ -53,7 +54,7 @@ def find_sheet(light):
     large = all(2 * length > side for length, side in zip(size, light.shape, strict=True))
     if not large or largest.sum() < 0.7 * math.prod(size):
         return None
-    sheet = between(largest) | between(largest.T).T
+    sheet = enclosed(largest) | enclosed(largest.T).T
     inside = ndimage.minimum_filter(sheet, 5)  # less its edge
     return inside if inside.any() and not sheet.all() else None
 
@@ -86,7 +87,7 @@ def views(grey):
 # --- Ink and strokes -----------------------------------------------------------------------------------------------
 
 WINDOW = 5  # times as wide as the strokes: what is wider belongs to the background
-FAINT, DARK = 0.22, 0.4  # a stroke is what is above FAINT of the level of ink and connected with what is above DARK
+FAINT, DARK = 0.22, 0.4  # a stroke is what is above FAINT of the ink's level, connected with ink above DARK
 
 
 def subtract_background(grey, window):
@@ -96,7 +97,7 @@ def subtract_background(grey, window):
 
 
 def find_ink(grey, window):
-    """Find light ink in a picture (H, W) on a background that is darker and wider than, at first, `window` pixels.
+    """Find light ink in a picture (H, W): what is wider than `window` pixels, or than WINDOW strokes, is background.
 
     Returns how much ink each pixel holds, from 0 to 1, and which pixels may belong to a stroke, both (H, W); None if
     nothing stands out.
@@ -135,9 +136,9 @@ def hypotheses(grey, can_win):
     Each is (cost, how much ink each pixel holds, from 0 to 1 (H, W), which pixels are of a stroke (H, W), which are of
     one that is too faint (H, W), the Rulings across and down of frames).
     """
-    for (part, guess), (cost, view, size) in itertools.product(WINDOWS, views(grey)):
-        cost += guess
-        if not can_win(cost) or (found := find_ink(view, max(view.shape) // part)) is None:
+    for (divisor, penalty), (cost, view, size) in itertools.product(WINDOWS, views(grey)):
+        cost += penalty
+        if not can_win(cost) or (found := find_ink(view, max(view.shape) // divisor)) is None:
             continue
         ink, strokes = found
         lines = rulings.find_rulings(strokes), rulings.find_rulings(strokes.T)
@@ -156,8 +157,8 @@ def hypotheses(grey, can_win):
                     left = np.where(strokes & ~rest, 0, ink)
                     whole = hysteresis(left, rest)
                     clear = marks.clear_edges(marks.erase_rings(whole))
-                    guess = cost + extra + GUESS * (clear != whole).any()
-                    yield guess, left, clear, rest & ~whole, frame
-                    if can_win(guess + BAR) and ((bare := marks.erase_bars(clear)) != clear).any():
-                        yield guess + BAR, left, bare, rest & ~whole, frame
+                    total = cost + extra + GUESS * (clear != whole).any()
+                    yield total, left, clear, rest & ~whole, frame
+                    if can_win(total + BAR) and ((bare := marks.erase_bars(clear)) != clear).any():
+                        yield total + BAR, left, bare, rest & ~whole, frame
                 before = rest

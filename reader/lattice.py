@@ -72,7 +72,7 @@ def lattice(model, ink, line):
         cost = (
             AT_EDGE * at_edge + LOW * max(0, low) + WIDE * max(0, wide) + STEM_OFF * (not is_whole) + join + cut[start]
         )
-        is_whole = is_whole and (join == 0 or at_edge) and not line.is_cut[start]
+        is_whole = is_whole and (join == 0 or at_edge) and not line.is_cut[start]  # a crop may part a digit
         is_whole = is_whole and (~line.is_cut[start + 1 : stop]).sum() < PIECES
         score = math.log(probabilities.max()) - cost
         arcs.append(Arc(start, stop, score, [Digit(box, digit, probabilities)], is_whole))

@@ -6,7 +6,7 @@ from reader.segments import boxes_of
 import numpy as np
 from scipy import ndimage
 
-INSIDE = 0.25  # of a ring's height, or more, has what it is drawn around; the dot in a 0 has less
+INSIDE = 0.25  # of a ring's height: what it is drawn around is as high, the dot in a 0 is not
 GAP = 0.04  # of a ring's height: a gap up to this counts as closed
 ALONG = 0.7  # of a stroke's height or width: what touches an edge of the picture as far lies along it
 

@@ -1,5 +1,6 @@
 """From a file to shades of grey."""
 
+import contextlib
 import io
 import mimetypes
 import sys
@@ -28,7 +29,7 @@ def load(name):
     """Return the picture in the file `name` ("-" is standard input) as a PIL image, and by how much it is reduced.
 
     Raises UserError if there is no such picture: no file, no image, one cut short, an animation, or one of more than
-    MAX_PIXELS; of a JPEG, which can be decoded at an eighth of its size, 64 times as many.
+    MAX_PIXELS, which no JPEG is: a large one is decoded at a fraction of its size.
     """
     if name == "-" and not hasattr(sys.stdin, "buffer"):  # closed, or a notebook's
         raise mnist.UserError("there is no standard input: name a file")
@@ -40,11 +41,13 @@ def load(name):
             # A phone's MPO holds the photograph first, then copies of it for other uses.
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise mnist.UserError(f"it holds {image.n_frames} pictures: save one of them on its own")
-            width = image.width
+            size = image.size
             image.draft(None, (LONG, LONG))  # saves decoding a JPEG at full size
             if (pixels := image.width * image.height) > MAX_PIXELS:
                 raise mnist.UserError(f"it has {pixels:,} pixels, more than {MAX_PIXELS:,}: reduce it")
             image.load()
+            with contextlib.suppress(Exception):  # damaged metadata: the picture itself may be whole
+                image.getexif()  # which keeps what it could read
     except UnidentifiedImageError as error:
         kind = mimetypes.guess_type(name)[0] or "of no known type"
         raise mnist.UserError(
@@ -56,7 +59,7 @@ def load(name):
         raise
     except Exception as error:  # of any kind: what a decoder raises is the picture's fault
         raise mnist.UserError(f"it is damaged: {error}") from error
-    return image, width / image.width
+    return image, min(np.divide(size, image.size))  # a JPEG's sides are each rounded up
 
 
 def stretch(values):

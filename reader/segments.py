@@ -26,10 +26,9 @@ def boxes_of(labels):
 
 
 def find_cuts(stroke, highest):
-    """Return the columns at which to try a cut through a stroke (H, W): where it is lowest.
+    """Return the columns at which to try a cut through a stroke (H, W): where no column near is lower.
 
-    They are farther apart than specks are large, given the height of the highest stroke. What is narrow or low is
-    whole.
+    That is within the size of a speck, given the height of the highest stroke. What is narrow or low is whole.
     """
     height, width = stroke.shape
     if width <= 0.5 * height or height < 0.4 * highest:

@@ -146,6 +146,16 @@ def test_caption_is_one_line():
     assert sheet.to_row(Image.fromarray(seven()), [], "a\nb is 7").height == sheet.SIDE + 3 * sheet.GAP
 
 
+def test_damaged_metadata_harm_nothing(folder, recwarn):
+    exif = Image.Exif()
+    exif[0x010E] = "a seven"
+    for name, metadata in {"no-exif.png": b"Exif\0\0garbage", "cut.png": exif.tobytes()[:-12]}.items():
+        Image.fromarray(seven()).save(name, exif=metadata)
+        (result,) = predict.main(["--model", str(weights.PRETRAINED), name])
+        assert result["number"] == "7", name
+    assert not recwarn.list
+
+
 def test_jpeg_may_be_larger_than_what_is_decoded(folder, monkeypatch, capsys):
     monkeypatch.setattr(picture, "MAX_PIXELS", 1_000_000)
     image = Image.fromarray(seven()).resize((1600, 1600))
@@ -156,6 +166,14 @@ def test_jpeg_may_be_larger_than_what_is_decoded(folder, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out.startswith("large.jpg: 7 ")
     assert "large.png: it has 2,560,000 pixels, more than 1,000,000: reduce it" in err
+
+
+def test_box_is_inside_a_reduced_jpeg(folder):
+    paper = np.full((1281, 1280), 230, dtype=np.uint8)  # half of it is 641 x 640
+    Image.fromarray(draw(paper, (640, 400, 640, 1300), width=90)).save("1.jpg")
+    (result,) = predict.main(["1.jpg"])
+    (one,) = result["digits"]
+    assert one["box"][3] == 1281
 
 
 def test_json_holds_every_digit(folder, capsys):

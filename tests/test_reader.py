@@ -142,7 +142,7 @@ def shadowed(pixels):
     return pixels
 
 
-def on_a_table(pixels):
+def cut_off(pixels):
     pixels = pixels.copy()
     pixels[97:] = 60  # the paper ends here
     return pixels
@@ -154,7 +154,7 @@ def speckled(pixels):
     return pixels
 
 
-@pytest.mark.parametrize("spoil", [lit, shadowed, on_a_table, speckled, noisy, lambda pixels: 255 - pixels])
+@pytest.mark.parametrize("spoil", [lit, shadowed, cut_off, speckled, noisy, lambda pixels: 255 - pixels])
 def test_surroundings_make_no_difference(spoil):
     assert difference(prepared(spoil(seven())), prepared(seven())) < 0.03
 
