@@ -380,7 +380,7 @@ def test_help(main, option, capsys):
 
 def test_contributing_shows_a_real_comparison(folder, capsys):
     for source, copy in (("as-is", "before"), ("uniform", "after")):
-        benchmark = seeds.load_results(RESULTS / "before" / f"{source}.json")
+        benchmark = seeds.load_results(RESULTS / "ablation" / f"{source}.json")
         benchmark["runs"] = [run for run in benchmark["runs"] if run["seed"] < 8]
         seeds.save_results(benchmark, Path(f"{copy}.json"))
     seeds.main(["--compare", "before.json", "after.json"])
