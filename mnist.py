@@ -573,7 +573,7 @@ def run(main):
     try:
         main(sys.argv[1:])
     except RuntimeError as error:
-        if "allocate" not in str(error):  # an error of memory, which has a type of its own on CUDA alone
+        if not isinstance(error, torch.OutOfMemoryError) and "to allocate" not in str(error):  # as the CPU's error says
             raise
         sys.exit(f"{script}: error: {str(error).splitlines()[0]} Lower --batch-size.")
     except UserError as error:

@@ -411,13 +411,13 @@ def by_hand(image):
     return np.asarray(form)
 
 
-def measure(model, pictures, labels):
+def measure(model, pictures, labels, mistakes):
     """Read PIL images, or files of pictures, and compare the answers with the labels.
 
-    Returns shares of the pictures in %, and sheet.to_row() of each mistake, or None after the first MOST. The share
-    that is right if prepared by_hand() is None where a label is not one digit.
+    Returns shares of the pictures in %; the one that is right if prepared by_hand() is None where a label is not one
+    digit. Adds sheet.to_row() of each mistake to the list `mistakes`, or None if it holds MOST.
     """
-    right, sure, ten_lines, mistakes = [], [], [], []
+    right, sure, ten_lines = [], [], []
     one_digit_each = all(len(label) == 1 for label in labels)
     for picture, label in zip(pictures, labels, strict=True):
         image, lines, result = Image.new("L", (28, 28)), [], None
@@ -436,12 +436,12 @@ def measure(model, pictures, labels):
             ten_lines.append(str(mnist.classify(model, form).argmax().item()) == label)
         if not right[-1]:
             name = picture.name if isinstance(picture, Path) else "it"
-            row = f"{name} is {label or 'no digit'}{caption}"
-            mistakes.append(sheet.to_row(image, lines, row) if len(mistakes) < MOST else None)
+            caption = f"{name} is {label or 'no digit'}{caption}"
+            mistakes.append(sheet.to_row(image, lines, caption) if len(mistakes) < MOST else None)
     right, sure = np.array(right), np.array(sure)
     columns = {"right": right, "not sure": ~sure, "wrong, but sure": sure & ~right, "ten lines": ten_lines}
     shares = {name: 100 * np.mean(values).item() if len(values) else None for name, values in columns.items()}
-    return {"n": len(labels)} | shares, mistakes
+    return {"n": len(labels)} | shares
 
 
 def main(argv=()):
@@ -473,8 +473,7 @@ def main(argv=()):
     else:
         source = load_dataset(args.dataset) if args.dataset else made_up(args.images)
     for kind, pictures, labels in source:
-        results[kind], more = measure(model, pictures, labels)
-        mistakes += more
+        results[kind] = measure(model, pictures, labels, mistakes)
         report(kind)
     if args.folder and len(results) > 1:
         counts = [shares["n"] for shares in results.values()]

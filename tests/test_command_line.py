@@ -376,7 +376,7 @@ def fail(error):
     [
         (mnist.UserError("put it right"), "mnist.py: error: put it right"),
         (FileNotFoundError(2, "No such file", "a.pt"), "mnist.py: error: a.pt: No such file"),
-        (torch.OutOfMemoryError("Can't allocate.\nMore"), "mnist.py: error: Can't allocate. Lower --batch-size."),
+        (torch.OutOfMemoryError("Out of memory.\nMore"), "mnist.py: error: Out of memory. Lower --batch-size."),
     ],
 )
 def test_error_is_one_line(error, message, monkeypatch):
