@@ -1,5 +1,8 @@
 """Training: the step, the optimizer, testing, and that the same seed gives bitwise identical weights."""
 
+import contextlib
+from types import SimpleNamespace
+
 import mnist
 from tools import weights
 
@@ -148,6 +151,34 @@ def test_a_graph_trains_as_the_plain_loop_does(digits, monkeypatch):
     assert len(replays) == 47  # of 50 steps
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name
+
+
+def test_a_graph_is_captured_once_and_replayed_with_new_inputs(monkeypatch):
+    taken, captures = [], []
+
+    def step(x):
+        if len(captures) != 1:  # not while it is captured
+            taken.append(x.item())
+        return [2 * x]
+
+    class Graph:
+        def replay(self):
+            graphed.outputs[0].copy_(step(*graphed.inputs)[0])
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        captures.append("begun")
+        yield
+        captures.append("ended")
+
+    simulated = {"Stream": lambda device: SimpleNamespace(device=device), "CUDAGraph": Graph, "graph": capture}
+    simulated |= {"stream": contextlib.nullcontext, "synchronize": lambda device: None}
+    for name, value in simulated.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    graphed, inputs = mnist.GraphedStep(step, torch.device("cuda")), torch.arange(7).split(1)
+    assert [graphed(x)[0].item() for x in inputs] == [0, 2, 4, 6, 8, 10, 12]
+    assert taken == torch.cat(inputs).tolist() == [*range(7)]
+    assert captures == ["begun", "ended"]
 
 
 def test_infinite_loss_stops_the_run(small_mnist, tmp_path):
