@@ -3,6 +3,7 @@
 import functools
 import io
 
+import mnist
 from tools import weights
 
 import numpy as np
@@ -12,6 +13,12 @@ from PIL import Image, ImageDraw
 @functools.cache
 def pretrained():
     return weights.load(weights.PRETRAINED)[0]
+
+
+@functools.cache
+def mnist_test_set():
+    """Return MNIST's test images (10000, 28, 28) and labels (10000,)."""
+    return mnist.load_mnist(mnist.DATA_DIR)[1]
 
 
 def seven(size=100, left=30, top=20):

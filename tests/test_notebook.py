@@ -10,8 +10,7 @@ import pytest
 
 ROOT = Path(mnist.__file__).parent
 CELLS = {
-    "run": f"%run {ROOT}/mnist.py --dry-run",
-    "signals": "import signal; print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)",
+    "run": f'%run "{ROOT}/mnist.py" --dry-run',
     "import": f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mnist; from tools import predict, report",
     "bar": "mnist.main(['--dry-run'])['test_accuracy']",
     "thread": "import threading; t = threading.Thread(target=mnist.main, args=(['--dry-run'],)); t.start(); t.join()",
@@ -36,7 +35,6 @@ def outputs(tmp_path_factory):
     ("cell", "expected"),
     [
         ("run", "Trained in"),
-        ("signals", "True"),
         ("bar", "%|"),
         ("thread", "Trained in"),
         ("predict", "seven.png: 7"),

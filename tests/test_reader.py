@@ -7,7 +7,7 @@ import mnist
 import reader
 from benchmarks import pictures
 from reader import frames, ink, marks, picture, rulings
-from tests.drawing import draw, four, noisy, png, pretrained, seven
+from tests.drawing import draw, four, mnist_test_set, noisy, png, pretrained, seven
 from tools import predict, weights
 
 import numpy as np
@@ -102,7 +102,7 @@ def mask(pixels):
 )
 def test_any_range_is_read(change, file_format):
     """The first five test digits, saved in another range or type than 0 to 255 in 8 bits."""
-    _, (images, labels) = mnist.load_mnist(mnist.DATA_DIR)
+    images, labels = mnist_test_set()
     files = [stored(Image.fromarray(change(image.numpy())), file_format) for image in images[:5]]
     assert [read(file)[0] for file in files] == labels[:5].numpy().astype(str).tolist()
 
@@ -445,7 +445,7 @@ def test_boxes_are_in_pixels_of_the_upright_picture(turn, folder):
 
 def write(number, gap=16, margin=30):
     """Return a number in test digits, the second of each, in dark ink on light paper: an array (112 + 2 margin, W)."""
-    _, (images, labels) = mnist.load_mnist(mnist.DATA_DIR)
+    images, labels = mnist_test_set()
     ink, left = np.zeros((112 + 2 * margin, 112 * len(number) + 2 * margin), dtype=np.uint8), margin
     for digit in map(int, number):
         image = Image.fromarray(images[labels == digit][1].numpy()).resize((112, 112), Image.Resampling.BICUBIC)
@@ -543,7 +543,16 @@ def test_small_digit_stays_beside_tall_ones():
     assert read(pixels)[0] == "7073"
 
 
-def test_long_stem_is_no_one():
+def test_digit_of_halves_side_by_side_is_doubted():
+    pixels = write("0")
+    middle = pixels.shape[1] // 2
+    pixels[:, middle - 3 : middle + 3] = 230
+    lines, sure = reader.read(pretrained(), Image.fromarray(pixels))
+    assert predict.as_result("", lines, sure, 1)["number"] == "0"
+    assert not sure
+
+
+def test_long_stem_is_not_a_1():
     pixels = np.pad(write("1395"), ((0, 130), (0, 0)), constant_values=230)
     lines, sure = reader.read(pretrained(), Image.fromarray(draw(pixels, (177, 134, 177, 267), width=7)))
     assert predict.as_result("", lines, sure, 1)["number"] == "1395"
@@ -672,7 +681,7 @@ def test_digit_that_hangs_on_a_line_along_the_edge_stays():
     assert len(read(draw(pixels, (40, 2, 150, 2), (100, 2, 100, 30), width=5))[0]) == 2
 
 
-def test_zero_that_fills_its_picture_is_not_the_one_of_its_hole():
+def test_zero_that_fills_its_picture_is_not_read_as_a_1():
     image = Image.new("L", (112, 112))
     ImageDraw.Draw(image).ellipse((14, 0, 98, 111), fill=255)
     ImageDraw.Draw(image).polygon([(52, 84), (46, 74), (58, 28), (66, 34)], fill=0)
@@ -792,7 +801,7 @@ def test_digit_in_a_fainter_pen_leaves_doubt():
     assert not sure
 
 
-def test_holes_of_a_spiral_are_no_one():
+def test_holes_of_a_spiral_are_not_a_1():
     image = Image.fromarray(np.pad(write("478"), ((0, 0), (60, 0)), constant_values=230))
     for y in range(8, image.height, 24):
         ImageDraw.Draw(image).ellipse((14, y - 6, 26, y + 6), fill=60)

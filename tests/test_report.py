@@ -30,6 +30,8 @@ def test_mistakes_are_shown(wrong, title, checkpoint, digits, monkeypatch):
     logits[torch.arange(400), predicted] = torch.linspace(2, 3, 400)
     monkeypatch.setattr(mnist, "classify", lambda model, images: logits)
     figure = report.draw_report(mnist.Net(), checkpoint, images, labels, "test")
+    (confusions,) = (ax for ax in figure.axes if ax.get_title(loc="left") == "Confusions")
+    assert wrong != 1 or [text.get_text() for text in confusions.texts if text.get_position() == (1, 0)] == ["1"]
     below = figure.subfigs[1]
     assert title in below.get_suptitle()
     captions = [ax.get_title() for ax in below.axes if ax.get_title()]
@@ -52,9 +54,10 @@ def test_calibration_error_is_the_mean_gap():
     assert error == pytest.approx(0.4 * 0.25 + 0.6 * 0.1)
 
 
-def test_reliability_is_drawn(checkpoint, digits):
+def test_every_panel_is_drawn(checkpoint, digits):
     figure = report.draw_report(mnist.Net(), checkpoint, *digits(20), "test")
-    assert any(ax.get_title(loc="left").startswith("Calibration error") for ax in figure.axes)
+    titles = [ax.get_title(loc="left").partition(" error")[0] for ax in figure.axes]
+    assert {"Training", "Confusions", "Accuracy per digit", "Calibration"} < {*titles}
     report.plt.close(figure)
 
 
@@ -66,7 +69,7 @@ def test_weights_alone_have_no_curve(small_mnist, folder, checkpoint):
 
 
 @pytest.mark.parametrize("wrong", [{"settings": [1]}, {"history": [{"epoch": 1}]}, {"history": 7}, {"history": ["1"]}])
-def test_checkpoint_of_another_form_is_refused(wrong, no_work, folder, checkpoint, monkeypatch):
+def test_checkpoint_of_another_form_is_refused(wrong, no_work, folder, checkpoint):
     torch.save(checkpoint | wrong, "mnist.pt")
     with pytest.raises(mnist.UserError, match=r"the history or the settings in mnist\.pt"):
         report.main(["--out", "report.png"])
