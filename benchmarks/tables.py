@@ -21,7 +21,7 @@ HISTOGRAM = ROOT / "assets" / "accuracy.png"
 RUNS = {"default.json": "python mnist.py", "epochs20.json": "python mnist.py --epochs 20"}
 TIMES = ("speed.json", "avx2.json", "avx2-alone.json")
 ARXIV = "https://arxiv.org/abs"
-PARTS = {  # the change in a file of results/ablation/ or before/, and the part of the recipe that it takes away
+PARTS = {  # the change in a file of results/ablation/, and the part of the recipe that it takes away
     "no-decay": ("no weight decay", f"[weight decay]({ARXIV}/1711.05101)"),
     "uniform": (
         "all images alike in every epoch",
@@ -102,29 +102,22 @@ def seconds():
     return table(*rows)
 
 
-def folder_of(name):
-    """Return where the file of a part is: in ablation/ if of the recipe as it is, in before/ if of the one before."""
-    return "ablation" if (RESULTS / "ablation" / f"{name}.json").exists() else "before"
-
-
 def change_of(name):
     """Return the change of accuracy in points, with its standard error, that the file of a part tells."""
-    change = seeds.compare(*(load(f"{folder_of(name)}/{run}.json")[0] for run in ("as-is", name)))
+    change = seeds.compare(*(load(f"ablation/{run}.json")[0] for run in ("as-is", name)))
     return change["difference"], change["error"]
 
 
 def ablation():
     """Return the table of what each part of the recipe is worth."""
     rows = [("change", "options", "n", "accuracy, mean ± std", "min", "difference", "results")]
-    runs = [("ablation", "as-is", "none"), ("before", "as-is", "none, before weight decay")]
-    runs += [(folder_of(name), name, change) for name, (change, _) in PARTS.items()]
-    for folder, name, change in sorted(runs, key=lambda run: run[0]):
-        benchmark, summary = load(f"{folder}/{name}.json")
+    for name, (change, _) in {"as-is": ("none", ""), **PARTS}.items():
+        benchmark, summary = load(f"ablation/{name}.json")
         changes = [f"{key}={value}" for key, value in benchmark["settings"]["changes"].items()]
         options = " ".join(f"--set {shlex.quote(change)}" for change in changes)
         difference = "{:+.3f} ± {:.3f}".format(*change_of(name)).replace("-", "\u2212") if name in PARTS else ""
         figures = (str(summary["n"]), spread(summary), f"{summary['accuracy_min']:.2f} %", difference)
-        rows.append((change, f"`{options}`" if options else "", *figures, link(f"{folder}/{name}.json")))
+        rows.append((change, f"`{options}`" if options else "", *figures, link(f"ablation/{name}.json")))
     return table(*rows)
 
 
