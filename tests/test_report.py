@@ -76,6 +76,11 @@ def test_checkpoint_of_another_form_is_refused(wrong, no_work, folder, checkpoin
     assert not Path("report.png").exists()
 
 
+def test_validation_is_not_called_a_test(checkpoint):
+    assert report.tested_on(checkpoint, "mnist.pt") == "test"
+    assert report.tested_on(checkpoint | {"settings": {"validate": True}}, "mnist.pt") == "validation"
+
+
 def test_empty_history_has_no_curve(small_mnist, folder, checkpoint):
     torch.save(checkpoint | {"history": []}, "mnist.pt")
     assert report.main(["--data-dir", small_mnist])
