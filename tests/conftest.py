@@ -1,6 +1,7 @@
 """What several test files share: a small data set, and mnist.py as a process on it."""
 
 import ctypes
+import functools
 import gzip
 import hashlib
 import os
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 if "CI" in os.environ:  # on GitHub's Macs, which are virtual, MPS is not supported: actions/runner-images#14380
-    torch.backends.mps.is_available = lambda: False
+    torch.backends.mps.is_available = functools.cache(lambda: False)  # PyTorch looks for its __wrapped__
 
 # The segments of a seven-segment display that each digit lights, as slices of rows and columns.
 SEGMENTS = {
