@@ -1,4 +1,4 @@
-"""Pictures that tests draw, and the network that reads them."""
+"""Pictures that tests draw, MNIST's test digits, and the network that reads them."""
 
 import functools
 import io

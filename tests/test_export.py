@@ -609,6 +609,7 @@ def test_the_template_opens_as_it_is(open_page):
 
 def test_page_is_small_and_no_template(exported):
     content = (exported / "draw.html").read_text(encoding="utf-8")
+    assert len(content.encode()) < 150_000
     tools = Path(export.__file__).with_name("README.md").read_text(encoding="utf-8")
     assert f"It is one file of {len(content.encode()) / 1000:.0f} kB" in tools
     assert export.PLACE not in content
