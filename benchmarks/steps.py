@@ -2,7 +2,7 @@
 
 Usage, in the folder of mnist.py, with nothing else running:
     python -m benchmarks.steps
-    python -m benchmarks.steps --device cuda --pairs 9 --out steps.json
+    python -m benchmarks.steps --device cuda --pairs 20 --out steps.json
 """
 
 import argparse
@@ -18,6 +18,7 @@ from benchmarks import command_of, commit, machine, positive, seeds
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import stats
 from torchvision import transforms
 
 STEPS = 60  # of an epoch; the second one counts
@@ -77,14 +78,18 @@ def milliseconds(change, args):
 
 
 RUN = mnist.EPOCHS * (mnist.TRAIN_SIZE // mnist.BATCH_SIZE)  # steps
-HEAD = ("trick", "a step", "without it", "times as long (range)", f"of a run of {RUN:,} steps")
+HEAD = ("trick", "a step", "without it", "times as long (95 % interval)", f"of a run of {RUN:,} steps")
 
 
 def cells(trick, pairs):
-    """Return a row of the table, under HEAD, of the milliseconds of a step with and without a trick (N, 2)."""
+    """Return a row of the table, under HEAD, of the milliseconds of a step with and without a trick (N, 2).
+
+    The times and the ratio are medians, the interval is the sign test's; of fewer than six pairs there is none.
+    """
     with_it, without = (statistics.median(times) for times in zip(*pairs, strict=True))
-    ratios = sorted(slow / fast for fast, slow in pairs)
-    ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    ratios = [slow / fast for fast, slow in pairs]
+    low, high = stats.quantile_test(ratios, p=0.5).confidence_interval(0.95)
+    ratio = f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
     return trick, f"{with_it:.1f} ms", f"{without:.1f} ms", ratio, f"{RUN / 1000 * (without - with_it):.0f} s"
 
 
@@ -94,7 +99,7 @@ def main(argv=()):
         prog="python -m benchmarks.steps", description="Measure what each trick for speed is worth."
     )
     add = parser.add_argument
-    add("--pairs", type=positive, default=5, metavar="N", help="trainings with and without each trick (default: 5)")
+    add("--pairs", type=positive, default=12, metavar="N", help="trainings with and without each trick (default: 12)")
     add("--device", type=mnist.pick_device, default="auto", help="as for mnist.py (default: auto)")
     add("--data-dir", type=Path, default=mnist.DATA_DIR, help="folder of the data")
     add("--out", type=Path, metavar="PATH", help="also write the figures here, as JSON")

@@ -456,8 +456,10 @@ def test_steps_are_timed_in_pairs(tmp_path, monkeypatch, capsys):
 
 
 def test_row_of_a_trick():
-    row = steps.cells("a trick", [(50.0, 60.0), (40.0, 60.0), (50.0, 50.0)])
-    assert row == ("a trick", "50.0 ms", "60.0 ms", "1.20 (1.00 to 1.50)", "14 s")
+    pairs = [(50.0, 60.0), (40.0, 60.0), (50.0, 50.0)]
+    assert steps.cells("a trick", pairs) == ("a trick", "50.0 ms", "60.0 ms", "1.20 (nan to nan)", "14 s")
+    _, _, _, ratio, _ = steps.cells("a trick", [(10.0, without) for without in (1.0, *range(11, 21), 99.0)])
+    assert ratio == "1.55 (1.20 to 1.90)"  # of twelve, the third and the tenth
 
 
 def test_every_trick_is_taken_away(monkeypatch):
