@@ -64,7 +64,7 @@ def read_grey(model, grey, single):
 
     for cost, density, strokes, faint, frame in ink.hypotheses(grey, can_win):
         paths = [
-            lattice.best_path(lattice.lattice(model, density, line))
+            lattice.best_path(lattice.build_arcs(model, density, line))
             for line in segments.segment(strokes, frame, single)
         ]
         if lines := [digits for _, digits, _ in paths if digits]:
@@ -104,7 +104,7 @@ def read(model, image, single=False):
         grey = grey.resize((times * grey.width, times * grey.height), Image.Resampling.BICUBIC)
         _, lines, is_whole = read_grey(model, np.asarray(grey, dtype=np.float32), single)
     if not lines:
-        raise mnist.UserError("there is no digit to be seen on it: of a whole page, cut out a part")
+        raise mnist.UserError("there is no digit to be seen on it: crop a page to its digits")
     scale = np.tile(np.divide(image.size, grey.size), 2)
     lines = [[digit._replace(box=enlarge(digit.box, scale)) for digit in line] for line in lines]
     return lines, is_whole and all(is_likely(digit.probabilities) for line in lines for digit in line)

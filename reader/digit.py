@@ -23,7 +23,7 @@ class Digit(typing.NamedTuple):
 def to_form(ink):
     """Bring the ink (H, W) of one digit to MNIST's form: uint8 (28, 28), white on black.
 
-    The digit fits a box of 20 x 20 pixels, and its centre of mass is the centre of the whole.
+    The digit fits a box of 20 x 20 pixels, and its centre of mass is at pixel (14, 14), as in MNIST.
     """
     ink = ink[bounding_box(ink)]
     height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)

@@ -12,7 +12,7 @@ TOOTH = 0.75  # of the highest stroke's height: a comb's teeth are lower
 
 
 def are_alike(ruling, rulings):
-    """Return which of the rulings (N,) start and end as far across as one, but for a tenth of its length."""
+    """Return which of the rulings (N,) start and end where one does, to within a tenth of its length."""
     ends = np.array([other.x[[0, -1]] for other in rulings]).reshape(-1, 2)
     return (abs(ends - ruling.x[[0, -1]]) < REACH + ALIKE * np.ptp(ruling.x)).all(axis=1)
 
@@ -63,16 +63,15 @@ def find_held(across, down, shape):
 def erase_across(strokes, rulings):
     """Remove the Rulings from strokes (H, W); what crosses or touches them stays."""
     number, at, top, bottom = find_runs(strokes)
-    gone = np.zeros_like(strokes)
+    is_gone = np.zeros(len(at), dtype=bool)
     for ruling in rulings:
         x = np.arange(max(0, round(ruling.x[0]) - FADED), min(strokes.shape[1], round(ruling.x[-1]) + FADED + 1))
         rows = ruling.at(x).round().astype(int) + np.array([[-1], [0], [1]])
-        on = np.unique(number[rows.clip(0, len(strokes) - 1), x])
-        on, half = on[on > 0], ruling.thickness / 2
+        on, half = number[rows.clip(0, len(strokes) - 1), x], ruling.thickness / 2
         above, below = ruling.at(at[on]) - half - top[on], bottom[on] - ruling.at(at[on]) - half
         little = 1 + half / 2  # by which the ruling itself may be thicker
-        gone[:, x] |= np.isin(number[:, x], on[(above <= little) & (below <= little)])
-    return strokes & ~gone
+        is_gone[on[(above <= little) & (below <= little)]] = True
+    return strokes & ~is_gone[number]
 
 
 def erase(strokes, across, down):

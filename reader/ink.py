@@ -24,7 +24,7 @@ def otsu(values):
     return edges[1 + between.argmax()]
 
 
-def flatten(grey, part):
+def subtract_plane(grey, part):
     """Subtract from a part of a picture (H, W; H, W) the least-squares plane: light that falls from one side."""
     y, x = np.mgrid[: grey.shape[0], : grey.shape[1]].astype(np.float32)
     terms = np.stack([np.ones_like(x), x, y], axis=-1)
@@ -67,7 +67,7 @@ def views(grey):
 
     Each is (cost, the picture with light ink (H, W), the height and width of the picture or the sheet).
     """
-    flat = flatten(grey, np.ones_like(grey, dtype=bool))
+    flat = subtract_plane(grey, np.ones_like(grey, dtype=bool))
     if np.ptp(flat) < MIN_CONTRAST:
         return
     light, as_is = flat > otsu(flat), grey > otsu(grey)
@@ -81,7 +81,7 @@ def views(grey):
         if sheet is None:  # the plane may be tilted by a sheet that is not in the middle
             sheet = find_sheet(as_is)
         if sheet is not None:
-            yield NO_TABLE * on[~sheet].mean(), polarity * flatten(grey, sheet), extent(sheet)
+            yield NO_TABLE * on[~sheet].mean(), polarity * subtract_plane(grey, sheet), extent(sheet)
 
 
 # --- Ink and strokes -----------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def hysteresis(ink, strokes):
 
 # --- All together --------------------------------------------------------------------------------------------------
 
-GUESS = 0.75  # the cost of removing ruled lines, rings, or what lies along the edges, as a log-probability
+GUESS = 0.75  # the cost of removing ruled lines, rings, or what lies along the edges: a negative log-probability
 BAR = 0.25  # the cost of removing an underline, which may be part of a digit: a 7 on a line looks like a 2
 WINDOWS = (2, 0), (8, 1.5)  # what a picture is divided by for the first window, and its cost; 8 is for shadows
 LINE = 0.9  # of the paper's width or height: what is longer may be a line of ruled paper
@@ -151,14 +151,13 @@ def hypotheses(grey, can_win):
             frame = [], []  # it may be the bars of a 4, or all of a 0
         before = None
         for extra, erased in ((0, frame), (GUESS, ruled)):
-            if can_win(cost + extra):
-                rest = frames.erase(strokes, *erased)
-                if before is None or (rest != before).any():
-                    left = np.where(strokes & ~rest, 0, ink)
-                    whole = hysteresis(left, rest)
-                    clear = marks.clear_edges(marks.erase_rings(whole))
-                    total = cost + extra + GUESS * (clear != whole).any()
-                    yield total, left, clear, rest & ~whole, frame
-                    if can_win(total + BAR) and ((bare := marks.erase_bars(clear)) != clear).any():
-                        yield total + BAR, left, bare, rest & ~whole, frame
-                before = rest
+            if not can_win(cost + extra) or np.array_equal(rest := frames.erase(strokes, *erased), before):
+                break
+            left = np.where(strokes & ~rest, 0, ink)
+            whole = hysteresis(left, rest)
+            clear = marks.clear_edges(marks.erase_rings(whole))
+            total = cost + extra + GUESS * (clear != whole).any()
+            yield total, left, clear, rest & ~whole, frame
+            if can_win(total + BAR) and ((bare := marks.erase_bars(clear)) != clear).any():
+                yield total + BAR, left, bare, rest & ~whole, frame
+            before = rest

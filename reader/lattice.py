@@ -1,14 +1,14 @@
 """From a line of segments to digits: the best path through a lattice (LeCun et al., 1998, sections V and VI).
 
 Its nodes are the boundaries between segments. An arc leads over one or more segments, which are a candidate for a
-digit, or one that is left out. All costs are log-probabilities.
+digit, or one that is left out. All costs are negative log-probabilities.
 """
 
 import math
 import typing
 
 from reader.digit import Digit, classify, to_form
-from reader.segments import of_digit
+from reader.segments import digit_height
 
 import numpy as np
 from scipy import ndimage
@@ -53,10 +53,10 @@ def candidates(line, ink, height):
                 yield start, stop, (left, top, right, bottom), to_form(head), False
 
 
-def lattice(model, ink, line):
+def build_arcs(model, ink, line):
     """Return the arcs of a line of text, given the ink (H, W)."""
     widths, heights = (line.boxes[:, 2:] - line.boxes[:, :2]).T
-    height = of_digit(heights)
+    height = digit_height(heights)
     beside = 2 * (line.boxes[:-1, 2] - line.boxes[1:, 0]) <= np.minimum(widths[:-1], widths[1:])
     joined = JOINED * (beside & ~line.is_cut[1:]) * np.minimum(heights[:-1], heights[1:]) / heights.max()
     cut = CUT * line.is_cut

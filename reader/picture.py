@@ -9,7 +9,7 @@ import warnings
 import mnist
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pillow_heif import register_heif_opener
 from scipy import ndimage
 
@@ -26,10 +26,10 @@ MAX_BYTES = 2**28  # of standard input, which may never end
 
 
 def load(name):
-    """Return the picture in the file `name` ("-" is standard input) as a PIL image, and by how much it is reduced.
+    """Return the picture in the file `name`, upright, as a PIL image, and by how much it is reduced.
 
-    Raises UserError if there is no such picture: no file, no image, one cut short, an animation, or one of more than
-    MAX_PIXELS, which no JPEG is: a large one is decoded at a fraction of its size.
+    The name "-" is standard input. Raises UserError if there is no such picture: no file, no image, one cut short, an
+    animation, or one of more than MAX_PIXELS, which no JPEG is: a large one is decoded at a fraction of its size.
     """
     if name == "-" and not hasattr(sys.stdin, "buffer"):  # closed, or a notebook's
         raise mnist.UserError("there is no standard input: name a file")
@@ -47,19 +47,18 @@ def load(name):
                 raise mnist.UserError(f"it has {pixels:,} pixels, more than {MAX_PIXELS:,}: reduce it")
             image.load()
             with contextlib.suppress(Exception):  # damaged metadata: the picture itself may be whole
-                image.getexif()  # which keeps what it could read
+                ImageOps.exif_transpose(image, in_place=True)
     except UnidentifiedImageError as error:
-        kind = mimetypes.guess_type(name)[0] or "of no known type"
-        raise mnist.UserError(
-            f"not a picture that can be read ({kind}, by its name): save it as PNG or JPEG"
-        ) from error
+        kind = mimetypes.guess_type(name)[0]
+        known = f" ({kind}, by its name)" if kind else ""
+        raise mnist.UserError(f"not a picture that can be read{known}: save it as PNG or JPEG") from error
     except OSError as error:
         raise mnist.UserError(error.strerror or f"it is damaged: {error}") from error
     except mnist.UserError:
         raise
     except Exception as error:  # of any kind: what a decoder raises is the picture's fault
         raise mnist.UserError(f"it is damaged: {error}") from error
-    return image, min(np.divide(size, image.size))  # a JPEG's sides are each rounded up
+    return image, min(np.divide(sorted(size), sorted(image.size)))  # a JPEG's sides are each rounded up
 
 
 def stretch(values):
@@ -82,8 +81,9 @@ def to_grey(image):
     scale = min(SHORT / min(image.size), LONG / max(image.size))
     size = [max(1, round(side * scale)) for side in image.size]
     if image.mode[0] in "IF":  # 16 or 32 bits: only the picture can tell their range
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-        image = Image.fromarray(stretch(values - values.min()).astype(np.float32))
+        values = np.nan_to_num(np.array(image, dtype=np.float64), copy=False, posinf=0, neginf=0)
+        values -= values.min()
+        image = Image.fromarray(stretch(values).astype(np.float32))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image.thumbnail(size)

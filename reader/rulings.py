@@ -80,7 +80,7 @@ def join(rulings):
     """Return the Rulings that these are pieces of."""
     if not rulings:
         return []
-    (x0, x1), (y0, y1) = (np.array([at[[0, -1]] for at in ats]).T for ats in list(zip(*rulings, strict=True))[:2])
+    x0, x1, y0, y1 = np.array([[*ruling.x[[0, -1]], *ruling.y[[0, -1]]] for ruling in rulings]).T
     thickness = np.array([ruling.thickness for ruling in rulings])
     start, stop = np.minimum.outer(x1, x1), np.maximum.outer(x0, x0)  # of the gap between two
     gap, shorter = stop - start, np.minimum.outer(x1 - x0, x1 - x0)
@@ -88,9 +88,11 @@ def join(rulings):
     near = (gap > -REACH) & (gap < 6 * REACH + shorter / 2)
     level = abs(y - y.T) < 1.5 + np.minimum.outer(thickness, thickness) / 2
     count, number = connected_components(near & level, directed=False)
-    groups = [sorted(np.flatnonzero(number == k), key=x0.__getitem__) for k in range(count)]
-    parts = [([rulings[i].x for i in group], [rulings[i].y for i in group], thickness[group]) for group in groups]
-    joined = [Ruling(np.concatenate(x), np.concatenate(y), np.median(thick)) for x, y, thick in parts]
+    joined = []
+    for group in (np.flatnonzero(number == k) for k in range(count)):
+        x, y = (np.concatenate([getattr(rulings[i], axis) for i in group]) for axis in "xy")
+        order = x.argsort(kind="stable")
+        joined.append(Ruling(x[order], y[order], np.median(thickness[group])))
     return joined if count == len(rulings) else join(joined)
 
 

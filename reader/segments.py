@@ -72,20 +72,20 @@ def group(boxes, rows, cells):
 FAR, HIGH = 0.3, 1.5  # what is cut reaches over a ruling by FAR of its height, and is HIGH times as high as a digit
 
 
-def of_digit(heights):
+def digit_height(heights):
     """Return the height of a digit, given those of strokes (N,): high ones count for more."""
     ordered = np.sort(heights)
     return ordered[np.searchsorted(ordered.cumsum(), ordered.sum() / 2)]
 
 
-def part(strokes, rulings):
+def split_at_rulings(strokes, rulings):
     """Cut strokes (H, W) that are too high for a digit where they cross a Ruling across: each part holds one."""
     if not (rulings and strokes.any()):
         return strokes
     labels, _ = ndimage.label(strokes, EIGHT)
     left, top, right, bottom = boxes_of(labels).T
     y, x = np.ogrid[: strokes.shape[0], : strokes.shape[1]]
-    is_high = bottom - top > HIGH * of_digit(bottom - top)
+    is_high = bottom - top > HIGH * digit_height(bottom - top)
     for ruling in rulings:
         middle = ruling.at((left + right) / 2)
         is_far = np.minimum(middle - top, bottom - middle) > FAR * (bottom - top)
@@ -96,7 +96,7 @@ def part(strokes, rulings):
 
 def segment(strokes, frame, single):
     """Return the lines of text in strokes (H, W), from top to bottom; if `single`, all is one segment."""
-    strokes = part(part(strokes, frame[0]).T, frame[1]).T
+    strokes = split_at_rulings(split_at_rulings(strokes, frame[0]).T, frame[1]).T
     labels, _ = ndimage.label(strokes, EIGHT)
     left, top, right, bottom = boxes_of(labels).T
     highest = max(bottom - top, default=0)

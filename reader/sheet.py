@@ -21,10 +21,11 @@ def printable(text):
 def to_row(image, lines, caption):
     """Return a row for write(): a PIL image with a box around each digit, what the network saw, the caption."""
     image = ImageOps.exif_transpose(image)
-    picture = ImageOps.contain(to_grey(image).convert("RGB"), (SIDE, SIDE))
+    size = [max(1, round(SIDE * side / max(image.size))) for side in image.size]
+    picture = to_grey(image).convert("RGB").resize(size)
     for digit in itertools.chain(*lines):
-        box = [picture.width / image.width * edge for edge in digit.box]
-        ImageDraw.Draw(picture).rectangle(box, outline="red")
+        left, top, right, bottom = (SIDE / max(image.size) * edge for edge in digit.box)
+        ImageDraw.Draw(picture).rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline="red")
     seen = np.zeros((28 * max(1, len(lines)), 28 * max(map(len, lines), default=1)), dtype=np.uint8)
     for y, line in enumerate(lines):
         for x, digit in enumerate(line):

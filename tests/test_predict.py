@@ -18,7 +18,7 @@ from tools import predict, weights
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 ROOT = Path(mnist.__file__).parent
 
@@ -139,12 +139,33 @@ def test_caption_is_one_line():
     assert sheet.to_row(Image.fromarray(seven()), [], "a\nb is 7").height == sheet.SIDE + 3 * sheet.GAP
 
 
+def test_narrow_picture_is_shown():
+    row = sheet.to_row(Image.new("L", (1, 640), 255), [], "")
+    assert row.getpixel((sheet.GAP + sheet.SIDE // 2, sheet.GAP + sheet.SIDE // 2)) == (255, 255, 255)
+
+
+def test_all_sides_of_a_box_are_shown():
+    one = Digit((0, 0, 100, 200), np.zeros((28, 28), dtype=np.uint8), np.zeros(10))
+    row = np.array(sheet.to_row(Image.new("L", (100, 200), 255), [[one]], ""))
+    red = (row == (255, 0, 0)).all(axis=2)
+    assert np.flatnonzero(red.sum(axis=0) == sheet.SIDE).tolist() == [72, 183]
+    assert np.flatnonzero(red.sum(axis=1) == sheet.SIDE // 2).tolist() == [sheet.GAP, sheet.GAP + sheet.SIDE - 1]
+
+
 def test_damaged_metadata_harm_nothing(folder, recwarn):
     exif = Image.Exif()
-    exif[0x010E] = "a seven"
-    for name, metadata in {"no-exif.png": b"Exif\0\0garbage", "cut.png": exif.tobytes()[:-12]}.items():
-        Image.fromarray(seven()).save(name, exif=metadata)
-        (result,) = predict.main(["--model", str(weights.PRETRAINED), name])
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Software] = "a pen"
+    metadata = exif.tobytes()
+    letters = metadata.replace(b"\x01\x31\0\2", b"\x01\x16\0\2")  # where a number, the rows per strip, should be
+    assert letters != metadata
+    upright = Image.fromarray(seven())
+    lying = upright.transpose(Image.Transpose.ROTATE_90)
+    upright.save("no-exif.png", exif=b"Exif\0\0garbage")
+    lying.save("cut.png", exif=metadata[:-4])
+    lying.save("letters.png", exif=letters)
+    for name in ("no-exif.png", "cut.png", "letters.png"):
+        (result,) = predict.main(["--model", str(weights.PRETRAINED), "--show", name])
         assert result["number"] == "7", name
     assert not recwarn.list
 

@@ -322,6 +322,13 @@ def test_stroke_on_a_ruling_is_no_other_ruling():
     assert ruling.thickness == 3
 
 
+def test_points_of_a_joined_ruling_are_in_order():
+    pieces = [rulings.Ruling(np.array(x), np.full(2, y), 3) for x, y in (([0, 50], 9), ([51, 200], 8), ([51, 180], 10))]
+    (ruling,) = rulings.join(pieces)
+    assert (np.diff(ruling.x) >= 0).all()
+    assert np.ptp(ruling.x) == 200
+
+
 def test_bars_of_a_cropped_four_are_no_frame():
     lines = (30, 20, 22, 50), (22, 50, 60, 50), (50, 20, 50, 80)
     pixels = draw(np.full((100, 100), 230, dtype=np.uint8), *lines, width=6)
@@ -356,7 +363,7 @@ def test_narrow_sheet_is_no_sheet():
 @pytest.mark.filterwarnings("error")
 def test_blank_sheet_holds_no_ink():
     sheet = np.full((90, 90), 200, dtype=np.float32)
-    assert ink.find_ink(-ink.flatten(sheet, sheet > 0), 45) is None
+    assert ink.find_ink(-ink.subtract_plane(sheet, sheet > 0), 45) is None
 
 
 @pytest.mark.filterwarnings("error")
@@ -430,12 +437,13 @@ def test_single_keeps_to_one_digit():
     assert digit.box == pytest.approx([20, 20, 155, 80], abs=3)
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
 @pytest.mark.parametrize("turn", [lambda image: image, on_its_side])
-def test_boxes_are_in_pixels_of_the_upright_picture(turn, folder):
+def test_boxes_are_in_pixels_of_the_upright_picture(turn, name, folder):
     pixels = np.kron(np.concatenate([four(), seven()], axis=1), np.ones((12, 12), dtype=np.uint8))
     image = turn(Image.fromarray(pixels))
-    image.save("a.jpg", exif=image.getexif())
-    (result,) = predict.main(["--model", str(weights.PRETRAINED), "--json", "a.jpg"])
+    image.save(name, exif=image.getexif())
+    (result,) = predict.main(["--model", str(weights.PRETRAINED), "--json", name])
     assert result["number"] == "47"
     assert result["digits"][1]["box"] == pytest.approx([12 * side for side in (130, 20, 155, 60)], abs=30)
 
