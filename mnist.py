@@ -182,7 +182,7 @@ def vary_strokes(images):
     """Make the strokes of a few float images (B, 1, H, W), chosen at random, fainter, and of as many others thicker."""
     count = round(len(images) * THICKNESS_SHARE / 2)
     faint, thick = torch.randperm(len(images), device=images.device)[: 2 * count].view(2, count)
-    varied = images.clone()  # each pixel goes half-way to the least or the greatest of the 3 x 3 around it
+    varied = images.clone()  # each pixel goes half-way to the minimum or the maximum of the 3 x 3 around it
     varied[faint] = (images[faint] - F.max_pool2d(-images[faint], 3, stride=1, padding=1)) / 2
     varied[thick] = (images[thick] + F.max_pool2d(images[thick], 3, stride=1, padding=1)) / 2
     return varied
@@ -375,6 +375,7 @@ def main(argv=()):
     results = {"parameters": parameters, "seconds": time.perf_counter() - start, "history": history}
     results |= {figure: history[-1][figure] for figure in ("test_accuracy", "test_loss")} | {"settings": settings}
     if args.save_model:
+        model.cpu()  # a GPU's tensors could be loaded only where there is one
         torch.save({"state_dict": model.state_dict(), **results}, buffer := io.BytesIO())
         write(args.save_model, buffer.getvalue())
     print(f"Trained in {results['seconds']:.0f} s" + f"; the weights are in {args.save_model}" * bool(args.save_model))
@@ -393,7 +394,7 @@ def pick_device(name):
     try:
         torch.zeros(1, device=name).item()  # a GPU can be present and yet refuse all work
     except (RuntimeError, AssertionError, ImportError, torch.cuda.DeferredCudaCallError) as error:
-        raise argparse.ArgumentTypeError(f"{name!r} does not work ({str(error).splitlines()[0]}): cpu does") from error
+        raise argparse.ArgumentTypeError(f"{name!r} does not work ({str(error).splitlines()[0]}): use cpu") from error
     return torch.device(name)
 
 
@@ -414,7 +415,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add("--device", type=pick_device, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where native")
-    add("--data-dir", type=Path, default=DATA_DIR, help="default: $MNIST_DATA, or data/ beside mnist.py")
+    add("--data-dir", type=Path, default=DATA_DIR, help="data folder (default: $MNIST_DATA, or data/ beside mnist.py)")
     add("--save-model", type=Path, metavar="PATH", help="weights, .pt or .pth (default: mnist.pt; none in a dry run)")
     add("--validate", action="store_true", help="train on the first 50,000 training images, test on the other 10,000")
     add("--dry-run", action="store_true", help="train on one batch, test on one")
@@ -525,9 +526,9 @@ def write(path, content=None):
 
 
 class GraphedStep:
-    """A training step on CUDA, captured as a graph in its fourth call: some 470 kernels are then launched as one.
+    """A training step on CUDA, captured as a graph in its fourth call: hundreds of kernels are then launched as one.
 
-    `step` must take tensors of the same shapes in each call, and do the same with them.
+    `step` must be called with tensors of the same shapes every time, and do the same with them.
     """
 
     def __init__(self, step, device):
@@ -542,7 +543,7 @@ class GraphedStep:
             torch.cuda.synchronize(self.stream.device)
             return outputs
         if self.calls == 4:
-            self.inputs = [tensor.clone() for tensor in inputs]
+            self.inputs = [tensor.to(self.stream.device, copy=True) for tensor in inputs]
             with torch.cuda.graph(self.graph, stream=self.stream):  # records, and runs nothing
                 self.outputs = self.step(*self.inputs)
         for own, tensor in zip(self.inputs, inputs, strict=True):
@@ -552,13 +553,12 @@ class GraphedStep:
 
 
 class UserError(Exception):
-    """An error that the user can put right: the message names the cause and the remedy."""
+    """An error that the user can fix: the message names the cause and the remedy."""
 
 
 def keep_freed_memory():
     """Have glibc keep the memory that a step frees for the next: mapping and clearing its pages again takes time."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-4, 0)  # M_MMAP_MAX
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 

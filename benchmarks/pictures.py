@@ -407,7 +407,7 @@ def by_hand(image):
     ink = np.asarray(digit) + 1e-9
     y, x = (np.average(places, weights=ink) for places in np.indices(ink.shape))  # the centre of mass
     form = Image.new("L", (28, 28))
-    form.paste(digit, (round(13.5 - x), round(13.5 - y)))
+    form.paste(digit, (round(14 - x), round(14 - y)))
     return np.asarray(form)
 
 

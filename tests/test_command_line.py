@@ -105,7 +105,7 @@ def test_device_that_refuses_to_work(error, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(argparse.ArgumentTypeError) as fault:
         mnist.pick_device(name)
-    assert str(fault.value) == "'cuda' does not work (cuda is out of memory): cpu does"
+    assert str(fault.value) == "'cuda' does not work (cuda is out of memory): use cpu"
 
 
 def test_bfloat16_is_used_where_it_is_native(monkeypatch):

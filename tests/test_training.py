@@ -135,8 +135,17 @@ def test_junk_of_each_batch_is_drawn_anew(digits, monkeypatch):
     assert len(drawn.unique()) > 12
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that CUDA knows")
-def test_a_graph_trains_as_the_plain_loop_does(digits, monkeypatch):
+def in_order(losses, batches, digits):
+    return torch.arange(batches * digits).split(digits)  # on the CPU
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that CUDA knows")
+
+
+@needs_cuda
+@pytest.mark.parametrize("train_batches", [mnist.train_batches, in_order])
+def test_a_graph_trains_as_the_plain_loop_does(digits, monkeypatch, train_batches):
+    monkeypatch.setattr(mnist, "train_batches", train_batches)
     torch.backends.cudnn.deterministic = True
     train_set, test_set = ([part.cuda() for part in digits(count)] for count in (50 * 128, 10))
     replays, states = [], []
@@ -151,6 +160,13 @@ def test_a_graph_trains_as_the_plain_loop_does(digits, monkeypatch):
     assert len(replays) == 47  # of 50 steps
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name
+
+
+@needs_cuda
+def test_weights_of_a_gpu_load_without_one(small_mnist, tmp_path):
+    path = tmp_path / "mnist.pt"
+    mnist.main(["--device", "cuda", "--dry-run", "--save-model", str(path), "--data-dir", small_mnist])
+    assert {tensor.device.type for tensor in torch.load(path, weights_only=True)["state_dict"].values()} == {"cpu"}
 
 
 def test_a_graph_is_captured_once_and_replayed_with_new_inputs(monkeypatch):
@@ -175,7 +191,7 @@ def test_a_graph_is_captured_once_and_replayed_with_new_inputs(monkeypatch):
     simulated |= {"stream": contextlib.nullcontext, "synchronize": lambda device: None}
     for name, value in simulated.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    graphed, inputs = mnist.GraphedStep(step, torch.device("cuda")), torch.arange(7).split(1)
+    graphed, inputs = mnist.GraphedStep(step, torch.device("cpu")), torch.arange(7).split(1)
     assert [graphed(x)[0].item() for x in inputs] == [0, 2, 4, 6, 8, 10, 12]
     assert taken == torch.cat(inputs).tolist() == [*range(7)]
     assert captures == ["begun", "ended"]

@@ -148,7 +148,7 @@ def parse_args(argv):
     add = parser.add_argument
     add("--out", type=Path, default="draw.html", metavar="PATH", help=".html or .onnx (default: %(default)s)")
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
-    add("--data-dir", type=Path, default=mnist.DATA_DIR, help="default: $MNIST_DATA, or data/ beside mnist.py")
+    add("--data-dir", type=Path, default=mnist.DATA_DIR, help="folder of the data, as for mnist.py")
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in FORMATS:
         parser.error(f"argument --out: {args.out} does not end in {' or '.join(FORMATS)}")

@@ -159,7 +159,7 @@ def draw_report(model, checkpoint, images, labels, name):
 
 
 def draw_augmentation(images, labels):
-    """Return a figure of the first image of each digit, of what training may show three times instead, and of junk."""
+    """Return a figure of the first image of each digit, of three random augmentations of each, and of junk."""
     row = torch.stack([images[labels == digit][0] for digit in labels.unique()])
     torch.manual_seed(0)
     augmented = [mnist.augment(row) for _ in range(3)]
@@ -193,12 +193,12 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="report.py", description="Draw what the trained network learned.")
     add = parser.add_argument
     add("--model", type=Path, metavar="PATH", help="weights (default: mnist.pt, else pretrained.pt)")
-    add("--data-dir", type=Path, default=mnist.DATA_DIR, help="default: $MNIST_DATA, or data/ beside mnist.py")
-    add("--out", type=Path, default="report.png", metavar="PATH", help="default: %(default)s; or .pdf, .svg")
+    add("--data-dir", type=Path, default=mnist.DATA_DIR, help="folder of the data, as for mnist.py")
+    add("--out", type=Path, default="report.png", metavar="PATH", help=".png, .pdf or .svg (default: %(default)s)")
     add("--augmentation", action="store_true", help="draw a row of digits, augmented, and junk instead")
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in FORMATS:
-        parser.error(f"argument --out: {args.out} does not end in {', '.join(FORMATS)}")
+        parser.error(f"argument --out: {args.out} does not end in {' or '.join(FORMATS)}")
     return args
 
 
