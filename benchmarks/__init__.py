@@ -52,10 +52,12 @@ def cpu_name():
     return platform.processor() or platform.machine()
 
 
-def machine():
-    """Return what a result says of the machine and of the versions that it was made with."""
+def machine(device=None):
+    """Return what a result says of the machine, with its GPU if `device` is one, and of the versions."""
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device and device.type == "cuda" else {}
     return {
         "cpu": cpu_name(),
+        **gpu,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "system": platform.system(),
         "python": platform.python_version(),

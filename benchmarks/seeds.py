@@ -10,7 +10,6 @@ Usage, in the folder of mnist.py:
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -20,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,7 +115,6 @@ def train_pair(seed, args):
 
 def settings_of(args):
     """Return everything except the seed that decides the result of a run; runs in one file have it in common."""
-    gpu = {"gpu": torch.cuda.get_device_name(args.device)} if args.device.type == "cuda" else {}
     return {
         "epochs": args.epochs,
         "validate": args.validate,
@@ -123,11 +122,10 @@ def settings_of(args):
         "changes": args.set,
         "baseline_epochs": args.baseline,
         "device": args.device.type,
-        **gpu,
         "precision": args.precision,
         "threads": args.threads,
         "side_by_side": args.jobs,
-        **machine(),
+        **machine(args.device),
         "mnist.py": hashlib.sha256((ROOT / "mnist.py").read_bytes()).hexdigest()[:12],
     }
 
@@ -135,7 +133,7 @@ def settings_of(args):
 SETTINGS = {"epochs": int, "validate": bool, "changes": dict, "baseline_epochs": int, "precision": str, "cpu": str}
 SETTINGS |= {"threads": (int, str), "torch": str}
 MACHINE = ("cpu", "gpu", "capability", "threads", "side_by_side", "precision", "python")  # may differ in a join
-FIGURES = ("accuracy", "loss", "training_seconds", "process_seconds")
+FIGURES = ("accuracy", "loss", "calibration_error", "training_seconds", "process_seconds")
 BASELINE_FIGURES = ("accuracy", "extrapolated_seconds")
 
 
@@ -146,7 +144,6 @@ def load_results(path):
         runs, settings = benchmark["runs"], benchmark["settings"]
         figures = [run[name] for run in runs for name in FIGURES]
         figures += [run["baseline"][name] for run in runs if "baseline" in run for name in BASELINE_FIGURES]
-        figures += [error for run in runs if (error := run["calibration_error"]) is not None]  # None in older results
         sound = all(type(figure) in (int, float) and math.isfinite(figure) for figure in figures)
         sound &= all(isinstance(settings[name], kind) for name, kind in SETTINGS.items())
         sound &= all(type(run["seed"]) is int for run in runs) and isinstance(benchmark["command"], str)
@@ -170,7 +167,6 @@ def summarize(benchmark):
     """Return the statistics of a benchmark's runs as a dictionary; times are medians."""
     runs = benchmark["runs"]
     accuracies = [run["accuracy"] for run in runs]
-    errors = [run["calibration_error"] for run in runs if run["calibration_error"] is not None]
     summary = {
         "n": len(runs),
         "accuracy_mean": statistics.mean(accuracies),
@@ -178,7 +174,7 @@ def summarize(benchmark):
         "accuracy_min": min(accuracies),
         "seeds_at_or_below_99.40": [run["seed"] for run in runs if run["accuracy"] <= TARGET],
         "loss": statistics.mean(run["loss"] for run in runs),
-        "calibration_error": statistics.mean(errors) if errors else None,
+        "calibration_error": statistics.mean(run["calibration_error"] for run in runs),
         "training_seconds": statistics.median(run["training_seconds"] for run in runs),
         "process_seconds": statistics.median(run["process_seconds"] for run in runs),
     }
@@ -200,14 +196,13 @@ def print_summary(benchmark):
     """Print the summary of a benchmark."""
     settings, summary = benchmark["settings"], benchmark["summary"]
     kind = "validation" if settings["validate"] else "test"
-    error = summary["calibration_error"]
     changes = "".join(f", {name} = {value}" for name, value in settings["changes"].items())
     where = f"{settings.get('gpu', settings['cpu'])}, {settings['precision']}, threads: {settings['threads']}"
     print(f"Epochs: {settings['epochs']}{changes}; {where}, torch {settings['torch']}")
     low = len(summary["seeds_at_or_below_99.40"])
     print(f"{kind.capitalize()} accuracy {accuracy_of(summary)}; {low} at or below {TARGET:.2f} %")
-    print(f"Loss {summary['loss']:.4f}" + ("" if error is None else f", calibration error {error:.2f} %"))
-    print(f"Median time: {summary['process_seconds']:.1f} s, of which training {summary['training_seconds']:.1f} s")
+    print(f"Loss {summary['loss']:.4f}, calibration error {summary['calibration_error']:.2f} %")
+    print(f"Median time: {summary['process_seconds']:.1f} s, training and testing {summary['training_seconds']:.1f} s")
     if "times_faster" in summary:
         times, (low, high) = summary["times_faster"], summary["times_faster_range"]
         print(
@@ -241,14 +236,14 @@ def compare(before, after):
         variance, error = sum(variances), math.sqrt(variances[0] / len(old) + variances[1] / len(new))
         freedom = stats.ttest_ind(list(old.values()), list(new.values()), equal_var=False).df
     margin = stats.t.ppf(0.975, freedom) * error
-    power = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+    power, few = stats.norm.ppf(0.975) + stats.norm.ppf(0.8), stats.norm.ppf(0.975) ** 2 / 2  # Guenther, 1981
     return {
         "difference": difference,
         "error": error,
         "low": difference - margin,
         "high": difference + margin,
         "paired": paired,
-        "seeds": math.ceil(variance * (power / difference) ** 2) if difference else None,
+        "seeds": math.ceil(variance * (power / difference) ** 2 + few) if difference else None,
     }
 
 
@@ -270,7 +265,7 @@ def print_comparison(paths):
     if result["low"] > 0 or result["high"] < 0:
         print(f"{paths[1]} is {'better' if result['difference'] > 0 else 'worse'}.")
     elif result["seeds"]:
-        print(f"No difference that these runs can tell. It would take {result['seeds']:,} seeds each to tell this one.")
+        print(f"No difference that these runs can detect: one of this size would take {result['seeds']:,} seeds each.")
     else:
         print("No difference.")
 
@@ -288,7 +283,7 @@ def parse_args(argv):
     add("--jobs", type=positive, default=1, metavar="N", help="runs side by side, which share the CPU's threads")
     add("--epochs", type=positive, default=mnist.EPOCHS, metavar="N", help="default: %(default)s")
     add("--validate", action="store_true", help="train on the first 50,000 training images, test on the other 10,000")
-    add("--set", type=override, action="append", default=[], metavar="NAME=VALUE", help="change something in mnist.py")
+    add("--set", type=override, action="append", default=[], metavar="NAME=VALUE", help="set a global of mnist.py")
     add(
         "--baseline",
         type=positive,
@@ -301,7 +296,7 @@ def parse_args(argv):
     add("--device", type=mnist.pick_device, default="auto", help="as for mnist.py (default: %(default)s)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where native")
     add("--data-dir", type=Path, default=mnist.DATA_DIR, help="folder of the data")
-    add("--dry-run", action="store_true", help="try everything on a batch or a few")
+    add("--dry-run", action="store_true", help="run everything on one batch or a few")
     add("--out", type=Path, metavar="PATH", help="write here after every run; continue what it holds")
     add("--join", type=Path, nargs="+", metavar="FILE", help="join results; fail if one is at or below 99.40 %%")
     add("--partial", action="store_true", help="join what is there, and record the seeds that are missing")
@@ -396,12 +391,19 @@ def main(argv=()):
         index, parts = args.shard
         done = {run["seed"] for run in benchmark["runs"]}
         seeds = [seed for seed in range(index - 1, args.seeds, parts) if seed not in done]
-        pool = ThreadPoolExecutor(args.jobs)
-        try:
-            runs = pool.map(functools.partial(train_pair, args=args), seeds)
-            for run in tqdm(runs, "Seeds", len(seeds), unit="run", disable=None):
+        pool, saving = ThreadPoolExecutor(args.jobs), threading.Lock()
+
+        def run_and_save(seed):
+            run = train_pair(seed, args)
+            if settings_of(args)["mnist.py"] != benchmark["settings"]["mnist.py"]:
+                raise mnist.UserError("mnist.py was changed while the seeds ran: start again, with another --out")
+            with saving:
                 benchmark["runs"].append(run)
                 save_results(benchmark, args.out)
+
+        try:
+            for _ in tqdm(pool.map(run_and_save, seeds), "Seeds", len(seeds), unit="run", disable=None):
+                pass
         finally:
             pool.shutdown(cancel_futures=True)
     print_summary(benchmark)
