@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 HISTOGRAM = ROOT / "assets" / "accuracy.png"
 RUNS = {"default.json": "python mnist.py", "epochs20.json": "python mnist.py --epochs 20"}
-TIMES = ("speed.json", "avx2.json", "avx2-alone.json")
+TIMES = ("speed.json", "avx2.json")
 ARXIV = "https://arxiv.org/abs"
 PARTS = {  # the change in a file of results/ablation/, and the part of the recipe that it takes away
     "no-decay": ("no weight decay", f"[weight decay]({ARXIV}/1711.05101)"),
