@@ -34,9 +34,11 @@ def load(name):
     if name == "-" and not hasattr(sys.stdin, "buffer"):  # closed, or a notebook's
         raise mnist.UserError("there is no standard input: name a file")
     try:
-        source = io.BytesIO(sys.stdin.buffer.read(MAX_BYTES)) if name == "-" else name
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's warnings of damage: the error below is enough
+        with (
+            io.BytesIO(sys.stdin.buffer.read(MAX_BYTES)) if name == "-" else open(name, "rb") as source,
+            warnings.catch_warnings(action="ignore"),  # of damage: the error below is enough
+        ):
+            # By its name, Pillow would map a TIFF into memory, and mix up the sides of a rotated one.
             image = Image.open(source, formats=FORMATS)
             # A phone's MPO holds the photograph first, then copies of it for other uses.
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
