@@ -1,20 +1,23 @@
-"""Measure what each trick of mnist.py for speed is worth: training with it and without it, in turn.
+"""Measure what each trick of mnist.py for speed is worth: two processes, with it and without it, train in turn.
 
 Usage, in the folder of mnist.py, with nothing else running:
     python -m benchmarks.steps
-    python -m benchmarks.steps --device cuda --pairs 20 --out steps.json
+    python -m benchmarks.steps --device cuda --pairs 1000 --out steps.json
 """
 
 import argparse
+import io
 import json
 import math
+import multiprocessing
 import statistics
 import sys
-import tempfile
+import time
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import mnist
-from benchmarks import command_of, commit, machine, positive, seeds
+from benchmarks import command_of, commit, machine, positive
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +25,7 @@ from PIL import Image
 from scipy import stats
 from torchvision import transforms
 
-STEPS = 60  # in an epoch; of two epochs, the second is timed
-TRICKS = {  # and what takes each of them away
-    "bfloat16": "mnist.has_bfloat16 = lambda _: False",
-    "channels_last": "torch.channels_last = torch.contiguous_format",
-    "max-pooling before ReLU": "mnist.Net.forward = steps.pool_last",
-    "freed memory kept": "mnist.keep_freed_memory = lambda: None",
-    "whole batches augmented": "mnist.augment = steps.augment_one_by_one",
-    "the step as a CUDA graph": "mnist.GraphedStep = lambda step, _: step",
-}
+WARM_UP = 60  # pairs of steps before the first that counts
 
 
 def pool_last(self, x):
@@ -55,27 +50,60 @@ def augment_one_by_one(images):
     return torch.cat(moved).to(images.device, torch.float32)
 
 
-def shorten(steps):
-    """Have mnist.py train for so many steps an epoch, and test on one batch."""
-    load = mnist.load_mnist
-
-    def load_some(*args):
-        train_set, test_set = load(*args)
-        images = steps * mnist.BATCH_SIZE, mnist.TEST_BATCH_SIZE
-        return [[part[:count] for part in parts] for parts, count in zip((train_set, test_set), images, strict=True)]
-
-    mnist.load_mnist = load_some
+TRICKS = {  # and what stands in for each of them
+    "bfloat16": (mnist, "has_bfloat16", lambda _: False),
+    "channels_last": (torch, "channels_last", torch.contiguous_format),
+    "max-pooling before ReLU": (mnist.Net, "forward", pool_last),
+    "freed memory kept": (mnist, "keep_freed_memory", lambda: None),
+    "whole batches augmented": (mnist, "augment", augment_one_by_one),
+    "the step as a CUDA graph": (mnist, "GraphedStep", lambda step, _: step),
+}
 
 
-def milliseconds(change, args):
-    """Return the milliseconds of a training step, measured in a process of its own, after the `change` of mnist.py."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ["--epochs", "2", "--device", str(args.device), "--data-dir", str(args.data_dir)]
-        options += ["--save-model", str(Path(folder, "mnist.pt"))]
-        program = f"import mnist, torch; from benchmarks import steps; steps.shorten({STEPS})\n{change}\n"
-        program += f"print(mnist.main({options})['history'][-1]['seconds'])"
-        _, output = seeds.run_python(["-c", program], torch.get_num_threads())
-    return 1000 * float(output.split()[-1]) / STEPS
+def train(without, options, turns):
+    """Run mnist.py, `without` one of the TRICKS if it is named, until the connection `turns` is closed.
+
+    For each message it takes a step, and answers with the step's milliseconds.
+    """
+    sample, hidden = mnist.train_batches, io.StringIO()
+
+    def sample_in_turn(*args):
+        for index in sample(*args):
+            turns.recv()
+            start = time.perf_counter()
+            yield index
+            turns.send(1000 * (time.perf_counter() - start))
+
+    mnist.train_batches = sample_in_turn
+    if without:
+        setattr(*TRICKS[without])
+    with suppress(EOFError, KeyboardInterrupt), redirect_stdout(hidden), redirect_stderr(hidden):
+        mnist.main(options)
+
+
+def time_pairs(trick, options, count):
+    """Return the milliseconds of `count` pairs of training steps, each with a trick and without it (N, 2).
+
+    Raises UserError if one of the two processes ends.
+    """
+    context, turns = multiprocessing.get_context("spawn"), []  # forked, they could not use CUDA
+    for without in (None, trick):
+        ours, theirs = context.Pipe()
+        context.Process(target=train, args=(without, options, theirs), daemon=True).start()
+        theirs.close()
+        turns.append(ours)
+
+    def step(turn):
+        turn.send(None)
+        return round(turn.recv(), 3)
+
+    try:
+        return [[step(turn) for turn in turns] for _ in range(WARM_UP + count)][WARM_UP:]
+    except (EOFError, ConnectionError):
+        raise mnist.UserError("a process that trained has ended, for the reason above") from None
+    finally:
+        for turn in turns:
+            turn.close()
 
 
 RUN = mnist.EPOCHS * (mnist.TRAIN_SIZE // mnist.BATCH_SIZE)  # steps
@@ -101,13 +129,15 @@ def main(argv=()):
         prog="python -m benchmarks.steps", description="Measure what each trick for speed is worth."
     )
     add = parser.add_argument
-    add("--pairs", type=positive, default=12, metavar="N", help="trainings with and without each trick (default: 12)")
+    add("--pairs", type=positive, default=200, metavar="N", help="steps with and without each trick (default: 200)")
     add("--device", type=mnist.pick_device, default="auto", help="as for mnist.py (default: auto)")
     add("--data-dir", type=Path, default=mnist.DATA_DIR, help="folder of the data")
     add("--out", type=Path, metavar="PATH", help="also write the figures here, as JSON")
     args = parser.parse_args(argv)
     if args.out:
         mnist.write(args.out)  # raises OSError now if the figures could not be written later
+    mnist.load_mnist(args.data_dir)  # raises UserError now, not in the processes, if that fails
+    options = ["--epochs", str(10**6), "--device", str(args.device), "--data-dir", str(args.data_dir)]
     precision = "bfloat16" if mnist.has_bfloat16(args.device) else "float32"
     uses = {
         "bfloat16": precision == "bfloat16",
@@ -120,13 +150,13 @@ def main(argv=()):
     origin |= {"device": str(args.device), "precision": precision, "threads": torch.get_num_threads()}
     print(f"| {' | '.join(HEAD)} |\n|{' --- |' * len(HEAD)}")
     results = {}
-    for trick, change in TRICKS.items():
+    for trick in TRICKS:
         if not uses.get(trick, True):
             continue
-        results[trick] = pairs = [(milliseconds("", args), milliseconds(change, args)) for _ in range(args.pairs)]
+        results[trick] = pairs = time_pairs(trick, options, args.pairs)
         print(f"| {' | '.join(cells(trick, pairs))} |", flush=True)
         if args.out:
-            mnist.write(args.out, (json.dumps({**origin, "tricks": results}, indent=1) + "\n").encode())
+            mnist.write(args.out, (json.dumps({**origin, "tricks": results}) + "\n").encode())
     return results
 
 

@@ -2,6 +2,7 @@
 
 import bz2
 import functools
+import itertools
 import json
 import math
 import re
@@ -9,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmarks
 import mnist
@@ -407,7 +410,7 @@ def test_missing_folder_is_found_before_any_work(benchmark, monkeypatch):
     monkeypatch.setattr(mnist, "load_mnist", None)
     monkeypatch.setattr(seeds, "train_pair", None)
     monkeypatch.setattr(weights, "load", None)
-    monkeypatch.setattr(steps, "milliseconds", None)
+    monkeypatch.setattr(steps, "time_pairs", None)
     with pytest.raises(FileNotFoundError, match=r"no.folder.results\.json"):
         benchmark.main(["--out", str(Path("no/folder/results.json"))])
 
@@ -464,17 +467,59 @@ def test_histogram_shows_every_seed():
 
 
 def test_steps_are_timed_in_pairs(tmp_path, monkeypatch, capsys):
-    mnist.load_mnist(mnist.DATA_DIR)
-    monkeypatch.setattr(steps, "STEPS", 1)
-    out, trick = tmp_path / "steps.json", "less than a minute"
-    monkeypatch.setattr(steps, "TRICKS", {trick: "mnist.main = lambda _: {'history': [{'seconds': 60.0}]}"})
-    results = steps.main(["--pairs", "1", "--device", "cpu", "--out", str(out)])
-    saved = json.loads(out.read_text())
-    assert saved["tricks"] == {trick: [list(pair) for pair in results[trick]]}
-    assert saved["command"] == "python -m benchmarks.steps --pairs 1 --device cpu"
-    ((with_it, without),) = results[trick]
-    assert 0 < with_it < without == 60_000
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"| {trick} | ")
+    monkeypatch.setattr(steps, "WARM_UP", 1)
+    monkeypatch.setattr(steps, "TRICKS", {"channels_last": None})  # the processes import TRICKS anew
+    results = steps.main(["--pairs", "2", "--device", "cpu", "--out", str(tmp_path / "steps.json")])
+    saved = json.loads((tmp_path / "steps.json").read_text())
+    assert saved["tricks"] == results
+    assert saved["command"] == "python -m benchmarks.steps --pairs 2 --device cpu"
+    (pairs,) = results.values()
+    assert [len(pair) for pair in pairs] == [2, 2]
+    assert all(milliseconds > 0 for pair in pairs for milliseconds in pair)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| channels_last | ")
+
+
+def count_steps(without, _, turns):
+    """Stand in for steps.train(): steps of 1, 2, 3 ... ms, and of half a millisecond more without the trick."""
+    with suppress(EOFError):
+        for count in itertools.count(1):
+            turns.recv()
+            turns.send(count + 0.5 * (without == "a trick"))
+
+
+def test_a_pair_is_with_and_without(monkeypatch):
+    monkeypatch.setattr(steps, "WARM_UP", 1)
+    monkeypatch.setattr(steps, "train", count_steps)
+    assert steps.time_pairs("a trick", [], 2) == [[2, 2.5], [3, 3.5]]
+
+
+def test_process_that_ends_is_reported(capfd):
+    with pytest.raises(mnist.UserError, match="has ended"):
+        steps.time_pairs("no such trick", ["--device", "cpu"], 1)
+    assert "KeyError: 'no such trick'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("without", [None, "a trick"])
+def test_a_step_is_taken_in_its_turn(without, small_mnist, monkeypatch, capfd):
+    events, augment = [], mnist.augment
+
+    def receive():
+        events.append("turn")
+        if events.count("turn") > 2:
+            raise EOFError
+
+    monkeypatch.setattr(mnist, "train_batches", mnist.train_batches)  # train() changes both
+    monkeypatch.setattr(mnist, "augment", lambda images: events.append("with it") or augment(images))
+    monkeypatch.setitem(
+        steps.TRICKS, "a trick", (mnist, "augment", lambda images: events.append("without it") or augment(images))
+    )
+    turns = SimpleNamespace(recv=receive, send=events.append)
+    steps.train(without, ["--device", "cpu", "--data-dir", small_mnist], turns)
+    _, step, first, _, _, second, _ = events
+    assert events == ["turn", step, first, "turn", step, second, "turn"]
+    assert step == ("without it" if without else "with it")
+    assert 0 < first != second > 0
+    assert capfd.readouterr() == ("", "")
 
 
 def test_row_of_a_trick():
@@ -485,35 +530,27 @@ def test_row_of_a_trick():
 
 
 def test_every_trick_is_taken_away(monkeypatch):
-    changes = []
-    monkeypatch.setattr(steps, "milliseconds", lambda change, _: changes.append(change) or 1.0)
     monkeypatch.setattr(mnist, "has_bfloat16", lambda _: True)
-    assert set(steps.main(["--pairs", "1", "--device", "cpu"])) == {*steps.TRICKS} - {"the step as a CUDA graph"}
-    assert changes[:4] == ["", steps.TRICKS["bfloat16"], "", steps.TRICKS["channels_last"]]
-    assert mnist.parse_args(["--device", "cpu"]).precision == "bfloat16"
-    monkeypatch.setattr(torch, "channels_last", torch.channels_last)
-    for name in ("Net.forward", "keep_freed_memory", "augment", "GraphedStep"):
-        place = mnist.Net if "." in name else mnist
-        monkeypatch.setattr(place, name.rpartition(".")[2], getattr(place, name.rpartition(".")[2]))
-    before = torch.channels_last, mnist.Net.forward, mnist.keep_freed_memory, mnist.augment, mnist.GraphedStep
-    for change in steps.TRICKS.values():
-        exec(change, {"mnist": mnist, "torch": torch, "steps": steps})
-    after = torch.channels_last, mnist.Net.forward, mnist.keep_freed_memory, mnist.augment, mnist.GraphedStep
-    assert all(one is not other for one, other in zip(before, after, strict=True))
+    for place, name, stand_in in steps.TRICKS.values():
+        before = getattr(place, name)
+        monkeypatch.setattr(place, name, stand_in)
+        assert getattr(place, name) is not before
     assert mnist.parse_args(["--device", "cpu"]).precision == "float32"
 
 
 def test_tricks_that_are_not_used_are_not_timed(monkeypatch):
-    monkeypatch.setattr(steps, "milliseconds", lambda *_: 1.0)
+    monkeypatch.setattr(steps, "time_pairs", lambda *_: [(1.0, 1.0)])
+    monkeypatch.setattr(mnist, "has_bfloat16", lambda _: True)
+    assert set(steps.main(["--device", "cpu"])) == {*steps.TRICKS} - {"the step as a CUDA graph"}
     monkeypatch.setattr(mnist, "has_bfloat16", lambda _: False)
     monkeypatch.setattr(sys, "platform", "darwin")
     left = {"channels_last", "max-pooling before ReLU", "whole batches augmented"}
-    assert set(steps.main(["--pairs", "1", "--device", "cpu"])) == left
+    assert set(steps.main(["--device", "cpu"])) == left
     monkeypatch.setattr(mnist, "pick_device", torch.device)
-    assert set(steps.main(["--pairs", "1", "--device", "mps"])) == left - {"channels_last"}
+    assert set(steps.main(["--device", "mps"])) == left - {"channels_last"}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     graph = {"channels_last", "max-pooling before ReLU", "the step as a CUDA graph"}
-    assert set(steps.main(["--pairs", "1", "--device", "cuda"])) == graph
+    assert set(steps.main(["--device", "cuda"])) == graph
 
 
 def test_pooling_last_gives_the_same(digits):
