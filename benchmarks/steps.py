@@ -26,6 +26,7 @@ from scipy import stats
 from torchvision import transforms
 
 WARM_UP = 60  # pairs of steps before the first that counts
+PAUSE = 0.05  # seconds between steps: until then OpenMP's threads spin, and would slow the other process
 
 
 def pool_last(self, x):
@@ -94,6 +95,7 @@ def time_pairs(trick, options, count):
         turns.append(ours)
 
     def step(turn):
+        time.sleep(PAUSE)
         turn.send(None)
         return round(turn.recv(), 3)
 
