@@ -78,7 +78,7 @@ def train(without, options, turns):
     mnist.train_batches = sample_in_turn
     if without:
         setattr(*TRICKS[without])
-    with suppress(EOFError, KeyboardInterrupt), redirect_stdout(hidden), redirect_stderr(hidden):
+    with suppress(EOFError, ConnectionError, KeyboardInterrupt), redirect_stdout(hidden), redirect_stderr(hidden):
         mnist.main(options)
 
 
@@ -90,7 +90,7 @@ def time_pairs(trick, options, count):
     context, turns = multiprocessing.get_context("spawn"), []  # forked, they could not use CUDA
     for without in (None, trick):
         ours, theirs = context.Pipe()
-        context.Process(target=train, args=(without, options, theirs), daemon=True).start()
+        context.Process(target=train, args=(without, options, theirs)).start()
         theirs.close()
         turns.append(ours)
 

@@ -499,14 +499,16 @@ def test_process_that_ends_is_reported(capfd):
     assert "KeyError: 'no such trick'" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("without", [None, "a trick"])
-def test_a_step_is_taken_in_its_turn(without, small_mnist, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("without", "end"), [(None, EOFError), ("a trick", BrokenPipeError), ("a trick", KeyboardInterrupt)]
+)
+def test_a_step_is_taken_in_its_turn(without, end, small_mnist, monkeypatch, capfd):
     events, augment = [], mnist.augment
 
     def receive():
         events.append("turn")
         if events.count("turn") > 2:
-            raise EOFError
+            raise end
 
     monkeypatch.setattr(mnist, "train_batches", mnist.train_batches)  # train() changes both
     monkeypatch.setattr(mnist, "augment", lambda images: events.append("with it") or augment(images))
@@ -540,6 +542,7 @@ def test_every_trick_is_taken_away(monkeypatch):
 
 def test_tricks_that_are_not_used_are_not_timed(monkeypatch):
     monkeypatch.setattr(steps, "time_pairs", lambda *_: [(1.0, 1.0)])
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(mnist, "has_bfloat16", lambda _: True)
     assert set(steps.main(["--device", "cpu"])) == {*steps.TRICKS} - {"the step as a CUDA graph"}
     monkeypatch.setattr(mnist, "has_bfloat16", lambda _: False)
