@@ -26,7 +26,7 @@ from scipy import stats
 from torchvision import transforms
 
 WARM_UP = 60  # pairs of steps before the first that counts
-PAUSE = 0.05  # seconds between steps: until then OpenMP's threads spin, and would slow the other process
+PAUSE = 0.05  # seconds before each step: after one, OpenMP's threads spin for a while and slow the other process
 
 
 def pool_last(self, x):
@@ -62,7 +62,7 @@ TRICKS = {  # and what stands in for each of them
 
 
 def train(without, options, turns):
-    """Run mnist.py, `without` one of the TRICKS if it is named, until the connection `turns` is closed.
+    """Run mnist.py, `without` one of the TRICKS unless that is None, until the connection `turns` is closed.
 
     For each message it takes a step, and answers with the step's milliseconds.
     """
@@ -102,7 +102,7 @@ def time_pairs(trick, options, count):
     try:
         return [[step(turn) for turn in turns] for _ in range(WARM_UP + count)][WARM_UP:]
     except (EOFError, ConnectionError):
-        raise mnist.UserError("a process that trained has ended, for the reason above") from None
+        raise mnist.UserError("a training process has ended: see its error above") from None
     finally:
         for turn in turns:
             turn.close()
@@ -138,7 +138,7 @@ def main(argv=()):
     args = parser.parse_args(argv)
     if args.out:
         mnist.write(args.out)  # raises OSError now if the figures could not be written later
-    mnist.load_mnist(args.data_dir)  # raises UserError now, not in the processes, if that fails
+    mnist.load_mnist(args.data_dir)  # raises UserError here rather than in both processes
     options = ["--epochs", str(10**6), "--device", str(args.device), "--data-dir", str(args.data_dir)]
     precision = "bfloat16" if mnist.has_bfloat16(args.device) else "float32"
     uses = {

@@ -499,6 +499,16 @@ def test_process_that_ends_is_reported(capfd):
     assert "KeyError: 'no such trick'" in capfd.readouterr().err
 
 
+def end_in_a_step(without, _, turns):
+    turns.recv()
+
+
+def test_process_that_ends_in_a_step_is_reported(monkeypatch):
+    monkeypatch.setattr(steps, "train", end_in_a_step)
+    with pytest.raises(mnist.UserError, match="has ended"):
+        steps.time_pairs("a trick", [], 1)
+
+
 @pytest.mark.parametrize(
     ("without", "end"), [(None, EOFError), ("a trick", BrokenPipeError), ("a trick", KeyboardInterrupt)]
 )
@@ -533,6 +543,7 @@ def test_row_of_a_trick():
 
 def test_every_trick_is_taken_away(monkeypatch):
     monkeypatch.setattr(mnist, "has_bfloat16", lambda _: True)
+    assert mnist.parse_args(["--device", "cpu"]).precision == "bfloat16"
     for place, name, stand_in in steps.TRICKS.values():
         before = getattr(place, name)
         monkeypatch.setattr(place, name, stand_in)
